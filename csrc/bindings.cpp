@@ -1,0 +1,94 @@
+// sparseops._C: the kernels as functions of raw pointers. Tensors are checked and made in Python (sparseops/ops), so no
+// torch type appears here and one build serves every version of torch.
+#include <pybind11/pybind11.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "ops.h"
+
+namespace py = pybind11;
+using namespace sparseops;
+
+namespace {
+
+using Pointer = uintptr_t;  // Tensor.data_ptr(); 0 is no tensor
+
+template <class T = void>
+T* at(Pointer p) {
+  return reinterpret_cast<T*>(p);
+}
+
+void nm24_linear(Pointer x, int64_t x_stride, Pointer values, Pointer meta, Pointer bias, Pointer y, int64_t tokens,
+                 int64_t in_features, int64_t out_features, int64_t packed_cols, int dtype, int activation, int threads) {
+  const py::gil_scoped_release release;
+  cpu_nm24_linear({at(x), x_stride, {at(values), at<uint8_t>(meta), out_features, packed_cols}, at(bias), at(y), tokens,
+                   in_features, DType(dtype), Activation(activation), threads});
+}
+
+void nm24_conv(Pointer x, Pointer values, Pointer meta, Pointer bias, Pointer y, int64_t batch, int64_t channels,
+               int64_t height, int64_t width, int64_t out_channels, int64_t out_height, int64_t out_width,
+               int64_t packed_cols, int64_t kernel_h, int64_t kernel_w, int64_t stride_h, int64_t stride_w, int64_t pad_top,
+               int64_t pad_left, int64_t dilation_h, int64_t dilation_w, int64_t groups, bool channels_last, int dtype,
+               int activation, int threads) {
+  const py::gil_scoped_release release;
+  cpu_nm24_conv({at(x), {at(values), at<uint8_t>(meta), out_channels, packed_cols}, at(bias), at(y), batch, channels, height,
+                 width, out_height, out_width, kernel_h, kernel_w, stride_h, stride_w, pad_top, pad_left, dilation_h,
+                 dilation_w, groups, channels_last, DType(dtype), Activation(activation), threads});
+}
+
+void nm24_to_dense_cuda(Pointer values, Pointer meta, Pointer dense, int64_t rows, int64_t packed_cols, int element_size,
+                        int device, Pointer stream) {
+  const py::gil_scoped_release release;
+  const NM24Weight weight{at(values), at<uint8_t>(meta), rows, packed_cols};
+  if (const char* error = cuda_nm24_to_dense(weight, at(dense), element_size, device, at(stream)))
+    throw std::runtime_error(error);
+}
+
+const char* const kIsas[] = {"portable", "avx2", "avx512", "avx512_bf16"};
+
+void use_isa(const std::string& name) {
+  if (!cpu_supports(name.c_str()))
+    throw py::value_error("cpu_use_isa: name must be an instruction set that was built and that this processor has, got " +
+                          name);
+  cpu_use_isa(name.c_str());
+}
+
+py::dict build_info() {
+  py::list isas;
+  for (const char* isa : kIsas)
+    if (cpu_built(isa)) isas.append(isa);
+#if defined(__clang__)
+  const char* compiler = "clang " __clang_version__;
+#else
+  const char* compiler = "gcc " __VERSION__;
+#endif
+#if defined(_OPENMP)
+  const bool openmp = true;
+#else
+  const bool openmp = false;
+#endif
+  using namespace py::literals;
+  return py::dict("compiler"_a = compiler, "openmp"_a = openmp, "isas"_a = isas, "cuda"_a = cuda_built(),
+                  "cuda_archs"_a = cuda_archs());
+}
+
+py::dict probe_cuda() {
+  using namespace py::literals;
+  const CudaInfo info = cuda_probe();
+  return py::dict("error"_a = info.error ? py::object(py::str(info.error)) : py::none(), "driver"_a = info.driver,
+                  "runtime"_a = info.runtime, "devices"_a = info.devices);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.def("nm24_linear", &nm24_linear);
+  m.def("nm24_conv", &nm24_conv);
+  m.def("nm24_to_dense_cuda", &nm24_to_dense_cuda);
+  m.def("build_info", &build_info);
+  m.def("cpu_isa", &cpu_isa);
+  m.def("cpu_supports", [](const std::string& name) { return cpu_supports(name.c_str()); });
+  m.def("cpu_use_isa", &use_isa);
+  m.def("cuda_probe", &probe_cuda);
+}

@@ -1,0 +1,69 @@
+// The whole contract between the binding and the kernels: plain pointers, sizes, a stream. No torch.
+//
+// Everything a kernel may assume has been checked by the public Python function of its op
+// (sparseops/ops/<op>.py): dtypes, shapes, strides, device, and that indices fit in 32 bits where noted.
+#pragma once
+#include <cstdint>
+
+namespace sparseops {
+
+enum class DType : int { f32 = 0, f16 = 1, bf16 = 2 };
+enum class Activation : int { none = 0, relu = 1, silu = 2, gelu = 3 };  // gelu is the exact one (erf)
+
+// A 2:4 weight in its canonical form (sparseops/formats/nm24.py draws the layout).
+struct NM24Weight {
+  const void* values;   // [rows, cols/2], dtype of the activations
+  const uint8_t* meta;  // [rows, cols/8], two bits per kept value
+  int64_t rows;
+  int64_t cols;  // packed columns, a multiple of 32
+};
+
+// y[t, m] = act(sum_k x[t, k] * w[m, k] + bias[m])
+struct NM24Linear {
+  const void* x;     // [tokens, in_features], unit stride along in_features
+  int64_t x_stride;  // elements between tokens
+  NM24Weight weight;
+  const void* bias;  // [out_features] in dtype, or null
+  void* y;           // [tokens, out_features], contiguous
+  int64_t tokens, in_features;
+  DType dtype;
+  Activation activation;
+  int threads;
+};
+
+// y[n, o, oh, ow] = act(sum_{r,s,c} x[n, c, oh*stride + r*dilation - pad, ...] * w[o, (r,s,c)] + bias[o])
+struct NM24Conv {
+  const void* x;            // [batch, channels, height, width], contiguous or channels_last
+  NM24Weight weight;        // columns (r, s, c): each tap holds channels/groups rounded up to a multiple of 4
+  const void* bias;         // [out_channels] in dtype, or null
+  void* y;                  // [batch, out_channels, out_height, out_width], the layout of x
+  int64_t batch, channels;  // channels of all groups together
+  int64_t height, width, out_height, out_width;
+  int64_t kernel_h, kernel_w, stride_h, stride_w, pad_top, pad_left, dilation_h, dilation_w, groups;
+  bool channels_last;
+  DType dtype;
+  Activation activation;
+  int threads;
+};
+
+// CPU. The instruction set is chosen once, at run time, from those that were built and the processor has.
+void cpu_nm24_linear(const NM24Linear& op);
+void cpu_nm24_conv(const NM24Conv& op);
+const char* cpu_isa();                  // the one in use: "portable", "avx2", "avx512", "avx512_bf16"
+bool cpu_built(const char* isa);
+bool cpu_supports(const char* isa);      // built, and the processor has it
+void cpu_use_isa(const char* isa);      // precondition: cpu_supports(isa)
+
+// CUDA. Functions return null, or a text that lives for the whole process. `stream` is a cudaStream_t.
+struct CudaInfo {
+  const char* error;  // why no kernel can run here, or null
+  int driver, runtime, devices;
+};
+bool cuda_built();
+const char* cuda_archs();  // "80;90a", empty when built without CUDA
+CudaInfo cuda_probe();
+
+// dense[m, k] of `rows` x `cols`; elements of 1, 2 or 4 bytes are copied bit for bit
+const char* cuda_nm24_to_dense(const NM24Weight& weight, void* dense, int element_size, int device, void* stream);
+
+}  // namespace sparseops
