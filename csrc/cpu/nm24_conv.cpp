@@ -52,22 +52,22 @@ inline void copy_run(const float* in, int64_t length, float* out) {
 inline void pack_pixels(const NM24Conv& op, const Planes& layout, const float* planes, float* panel, const Span& span,
                         int64_t column, int64_t columns) {
   const Runs runs(op, layout, span);
-  const int64_t channels = op.channels / op.groups, tap_columns = round_up(channels, 4);
+  const int64_t taps = op.kernel_h * op.kernel_w, channels = op.channels / op.groups, tap_columns = round_up(channels, 4);
   const int64_t pitch = span.vectors * kLanes;
-  int64_t tap = column / tap_columns, channel = column % tap_columns;
-  for (int64_t k = 0; k < columns; ++k, panel += pitch) {
-    int64_t position = 0;
-    if (tap < op.kernel_h * op.kernel_w && channel < channels) {
-      const int64_t r = tap / op.kernel_w, s = tap % op.kernel_w;
-      const float* in =
-          planes + channel * layout.floats() + layout.row(r * op.dilation_h) + layout.column(s * op.dilation_w);
-      for (int i = 0; i < runs.count; ++i) {
-        copy_run(in + runs.run[i].offset, runs.run[i].length, panel + position);
-        position += runs.run[i].length;
+  const float* const end = panel + columns * pitch;
+  for (int64_t tap = column / tap_columns, channel = column % tap_columns; panel < end; ++tap, channel = 0) {
+    const int64_t r = tap / op.kernel_w, s = tap % op.kernel_w;
+    const float* in = planes + channel * layout.floats() + layout.row(r * op.dilation_h) + layout.column(s * op.dilation_w);
+    for (; channel < tap_columns && panel < end; ++channel, in += layout.floats(), panel += pitch) {
+      int64_t position = 0;
+      if (tap < taps && channel < channels) {
+        for (int i = 0; i < runs.count; ++i) {
+          copy_run(in + runs.run[i].offset, runs.run[i].length, panel + position);
+          position += runs.run[i].length;
+        }
       }
+      for (; position < pitch; ++position) panel[position] = 0.0f;
     }
-    for (; position < pitch; ++position) panel[position] = 0.0f;
-    if (++channel == tap_columns) channel = 0, ++tap;
   }
 }
 

@@ -5,8 +5,15 @@
 namespace sparseops {
 namespace SPARSEOPS_ISA {
 
-// Rows multiplied side by side, so that enough independent sums hide the latency of a multiply-add.
-constexpr int rows_together(int vectors) { return vectors >= 7 ? 1 : vectors >= 4 ? 2 : 4; }
+// Rows multiplied side by side, so that enough independent sums hide the latency of a multiply-add. The sums, the values
+// and one of them spread out have to fit the registers.
+constexpr int rows_together(int vectors) {
+#if defined(__AVX512F__)
+  return vectors >= 5 ? 2 : 4;
+#else
+  return vectors >= 7 ? 1 : vectors >= 4 ? 2 : 4;
+#endif
+}
 
 template <int V, int kKept>
 inline void multiply_kept(Vec* sum, Vec values, uint32_t bits, const float* group) {
@@ -58,8 +65,7 @@ void multiply(const Block<float>& w, const float* panel, float* sums, bool first
 void multiply(int vectors, const Block<float>& w, const float* panel, float* sums, bool first) {
   using Kernel = void (*)(const Block<float>&, const float*, float*, bool);
   static constexpr Kernel kKernels[kMaxVectors] = {
-      multiply<1>, multiply<2>, multiply<3>,  multiply<4>,  multiply<5>,  multiply<6>,  multiply<7>,
-      multiply<8>, multiply<9>, multiply<10>, multiply<11>, multiply<12>};
+      multiply<1>, multiply<2>, multiply<3>, multiply<4>, multiply<5>, multiply<6>, multiply<7>, multiply<8>};
   kKernels[vectors - 1](w, panel, sums, first);
 }
 

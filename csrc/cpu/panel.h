@@ -8,8 +8,9 @@
 //
 // with the sums in registers: V vectors of multiply-adds whose second factor comes straight from the panel. The values
 // are loaded four at a time, so that is V + 1/4 loads for V multiply-adds on processors that do as many loads as
-// multiply-adds a cycle: V is as large as the registers allow, and the panel stays in the first-level cache. Dense needs
-// 2V multiply-adds here, so the bound against a dense kernel at peak is 2V / (V + 1/4), less the sums' own traffic.
+// multiply-adds a cycle. The panel stays in the first-level cache: the fewer positions it has, the more columns it holds
+// and the less often the sums travel. Dense needs 2V multiply-adds here, so the bound against a dense kernel at peak is
+// 2V / (V + 1/4), less the sums' own traffic.
 #pragma once
 #include <cstdlib>
 #include <new>
@@ -23,16 +24,11 @@
 namespace sparseops {
 namespace SPARSEOPS_ISA {
 
-constexpr int kMaxVectors = 12;  // sums of a row; two of AVX2's sixteen registers stay free
+constexpr int kMaxVectors = 8;  // sums of a row: enough to hide the latency of two multiply-adds a cycle
 constexpr int kMaxPositions = kMaxVectors * kLanes;
-constexpr int64_t kPanelBytes = 28 * 1024;  // leaves some of a 32 KiB first-level cache to the weight and the sums
+constexpr int64_t kPanelBytes = 24 * 1024;  // leaves some of a 32 KiB first-level cache to the weight and the sums
 constexpr int64_t kMaxBlockColumns = 256;
 constexpr int64_t kRowsPerTask = 384;  // their sums stay in the second-level cache
-
-// Packed columns that a panel of so many vectors holds at a time: whole cache lines of float values.
-inline int64_t block_columns(int vectors) {
-  return min(kMaxBlockColumns, kPanelBytes / (vectors * kVectorBytes) / 32 * 32);
-}
 
 // Some rows and columns of a weight; see NM24Weight.
 template <class T>
@@ -55,18 +51,45 @@ Block<T> block_of(const NM24Weight& w) {
   return {static_cast<const T*>(w.values), w.meta, w.rows, w.cols, w.cols / 2, w.cols / 8};
 }
 
-// sums[row][position] (+)= w x panel, for all rows of a block and this many vectors of positions. In panel.cpp.
+// How values of type T meet the panel: from memory as they are (float), or widened into `scratch` first.
+template <class T>
+struct Multiply {
+  // Packed columns that a panel of so many vectors holds at a time.
+  static int64_t block_columns(int vectors) {
+    return min(kMaxBlockColumns, kPanelBytes / (vectors * kVectorBytes) / 16 * 16);
+  }
+  static int64_t scratch_floats(int64_t rows) { return sizeof(T) < 4 ? rows * kMaxBlockColumns / 2 : 0; }
+  // sums[row][position] (+)= w x panel
+  static void run(int vectors, const Block<T>& w, float* panel, float* scratch, float* sums, bool first);
+};
+
+// In panel.cpp.
 void multiply(int vectors, const Block<float>& w, const float* panel, float* sums, bool first);
 
-// The block itself, or its values widened into `buffer`: 16-bit floats are a type of memory only.
-inline Block<float> widened(const Block<float>& w, float*) { return w; }
+template <>
+inline void Multiply<float>::run(int vectors, const Block<float>& w, float* panel, float*, float* sums, bool first) {
+  multiply(vectors, w, panel, sums, first);
+}
+
 template <class T>
-Block<float> widened(const Block<T>& w, float* buffer) {
+void Multiply<T>::run(int vectors, const Block<T>& w, float* panel, float* scratch, float* sums, bool first) {
   for (int64_t row = 0; row < w.rows; ++row)
     for (int64_t i = 0; i < w.columns / 2; i += 4)
-      store_quad(buffer + row * w.columns / 2 + i, load_quad(w.values + row * w.value_stride + i));
-  return {buffer, w.meta, w.rows, w.columns, w.columns / 2, w.meta_stride};
+      store_quad(scratch + row * w.columns / 2 + i, load_quad(w.values + row * w.value_stride + i));
+  multiply(vectors, {scratch, w.meta, w.rows, w.columns, w.columns / 2, w.meta_stride}, panel, sums, first);
 }
+
+#if defined(SPARSEOPS_BF16_DOT)
+// With a bfloat16 dot product, which sums two products a lane, a group of four columns needs no choice of columns but of
+// one of their six pairs: the panel becomes pairs[group][pair][position], and a row's two kept values one factor.
+// In bf16_pairs.cpp.
+template <>
+struct Multiply<BFloat16> {
+  static int64_t block_columns(int vectors) { return max(16, kPanelBytes / (6 * vectors * kVectorBytes) / 4 * 16); }
+  static int64_t scratch_floats(int64_t) { return kMaxPositions * 6 * 4 + kPanelBytes / 4; }
+  static void run(int vectors, const Block<BFloat16>& w, float* panel, float* scratch, float* sums, bool first);
+};
+#endif
 
 inline int thread_number() {
 #if defined(_OPENMP)
@@ -103,7 +126,7 @@ struct Tiling {
   int64_t positions, rows, vectors, panels, chunks;
 
   Tiling(int64_t positions, int64_t rows, int64_t threads) : positions(positions), rows(rows) {
-    constexpr int64_t kFewestVectors = 6;  // below this a panel costs too many loads for each multiply-add
+    constexpr int64_t kFewestVectors = 4;  // below this a panel costs too many loads for each multiply-add
     vectors = ceil_div(positions, kLanes);
     panels = ceil_div(vectors, kMaxVectors);
     panels = min(round_up(panels, threads), max(panels, vectors / kFewestVectors));
@@ -125,24 +148,25 @@ template <class T, class Pack, class Finish>
 void multiply_tiles(const Block<T>& w, int64_t positions, int threads, const Pack& pack, const Finish& finish) {
   const Tiling tiling(positions, w.rows, threads);
   const int64_t chunk_rows = ceil_div(w.rows, tiling.chunks);
-  const int64_t panel_floats = kPanelBytes / 4;
-  const int64_t sum_floats = chunk_rows * kMaxPositions;
-  const int64_t wide_floats = sizeof(T) < 4 ? chunk_rows * kMaxBlockColumns / 2 : 0;
-  const int64_t thread_floats = round_up(panel_floats, 16) + round_up(sum_floats, 16) + round_up(wide_floats, 16);
+  const int64_t panel_floats = round_up(kPanelBytes / 4, 16);
+  const int64_t sum_floats = round_up(chunk_rows * kMaxPositions, 16);
+  const int64_t scratch_floats = round_up(Multiply<T>::scratch_floats(chunk_rows), 16);
+  const int64_t thread_floats = panel_floats + sum_floats + scratch_floats;
   threads = int(min(threads, tiling.tasks()));
-  Scratch scratch(threads * thread_floats);
+  const Scratch memory(threads * thread_floats);
 #pragma omp parallel for num_threads(threads) schedule(dynamic)
   for (int64_t task = 0; task < tiling.tasks(); ++task) {
-    float* panel = scratch.data() + thread_number() * thread_floats;
-    float* sums = panel + round_up(panel_floats, 16);
-    float* wide = sums + round_up(sum_floats, 16);
+    float* panel = memory.data() + thread_number() * thread_floats;
+    float* sums = panel + panel_floats;
+    float* scratch = sums + sum_floats;
     const Span span = tiling.span(task);
     const int64_t row = tiling.first_row(task), rows = tiling.last_row(task) - row;
     const Block<T> chunk = w.from_row(row, rows);
-    for (int64_t column = 0; column < w.columns; column += block_columns(span.vectors)) {
-      const int64_t columns = min(block_columns(span.vectors), w.columns - column);
+    const int64_t step = Multiply<T>::block_columns(span.vectors);
+    for (int64_t column = 0; column < w.columns; column += step) {
+      const int64_t columns = min(step, w.columns - column);
       pack(panel, span, column, columns);
-      multiply(span.vectors, widened(chunk.from_column(column, columns), wide), panel, sums, column == 0);
+      Multiply<T>::run(span.vectors, chunk.from_column(column, columns), panel, scratch, sums, column == 0);
     }
     finish(sums, span, row, rows);
   }

@@ -164,6 +164,21 @@ inline void split_quads(Vec v, const Put& put) {
 }
 
 typedef int32_t Indices __attribute__((vector_size(kVectorBytes)));
+typedef uint32_t Words __attribute__((vector_size(kVectorBytes)));
+
+#if defined(__AVX512BF16__) || defined(SPARSEOPS_EMULATE_BF16_DOT)
+#define SPARSEOPS_BF16_DOT
+// sum += a.low * b.low + a.high * b.high, where each lane of a and b holds two bfloat16.
+inline Vec dot_pairs(Vec sum, Vec a, Vec b) {
+#if defined(SPARSEOPS_EMULATE_BF16_DOT)
+  const Words x = reinterpret_cast<Words>(a), y = reinterpret_cast<Words>(b);
+  sum += reinterpret_cast<Vec>(x << 16) * reinterpret_cast<Vec>(y << 16);
+  return sum + reinterpret_cast<Vec>(x & 0xffff0000u) * reinterpret_cast<Vec>(y & 0xffff0000u);
+#else
+  return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
+#endif
+}
+#endif
 
 // The same four floats in every quad of lanes.
 inline Vec broadcast_quad(const float* p) {
