@@ -1,6 +1,6 @@
 // What happens to the sums of a tile: bias, activation, rounding to the output's type, and the way to memory.
 #pragma once
-#include "../ops.h"
+#include "ops.h"
 #include "vector.h"
 
 namespace sparseops {

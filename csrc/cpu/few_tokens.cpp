@@ -1,15 +1,60 @@
 // isa: portable avx2 avx512 avx512_bf16
 // The 2:4 product for a handful of tokens, where time goes into reading the weight once.
 //
-// The vector lanes are output rows. For each group of four columns the four activations of a token are a table that every
-// quad of lanes gets a copy of, and the metadata picks from it: one permute and one multiply-add for each vector of kept
-// values and token. The values stand row by row in memory, so 4x4 blocks of them are transposed on the way.
+// The four activations of a group are a table in a quad of vector lanes, from which the metadata picks: no activation is
+// loaded by index. With one or two tokens the lanes are consecutive kept values of a row; with more, a transposed
+// block of them is worth its shuffles, and the lanes are rows.
 #include "few_tokens.h"
 
 #include "epilogue.h"
 
 namespace sparseops {
 namespace SPARSEOPS_ISA {
+
+namespace {
+
+// A vector of kept values spans this many columns: each quad of lanes holds the values of two groups.
+constexpr int kSpan = 2 * kLanes;
+constexpr int kRows = 4;  // of multiply_values: they share the tables
+constexpr int kMaxRows = kLanes > kRows ? kLanes : kRows;
+
+// Per span of columns, first the even group of each quad of lanes, then the odd one.
+void arrange_tables(const float* x, int64_t columns, float* tables) {
+  for (int64_t column = 0; column < columns; column += 8) {
+    float* even = tables + column / kSpan * kSpan + column % kSpan / 2;
+    std::memcpy(even, x + column, 16);
+    std::memcpy(even + kLanes, x + column + 4, 16);
+  }
+}
+
+// out[token][row] = the product of a row with the tables of a token.
+template <int kTokens, class T>
+void multiply_values(const T* const* values, const uint8_t* const* meta, int64_t columns, const float* tables, float* out) {
+  Words shifts;
+  for (int lane = 0; lane < kLanes; ++lane) shifts[lane] = 2 * lane;
+  Vec sum[kTokens][kRows] = {};
+  for (int64_t column = 0; column < columns; column += 32) {
+#pragma GCC unroll 4
+    for (int64_t part = 0; part < 32; part += kSpan) {
+      Vec even[kTokens], odd[kTokens];
+      for (int token = 0; token < kTokens; ++token) {
+        even[token] = load(tables + token * columns + column + part);
+        odd[token] = load(tables + token * columns + column + part + kLanes);
+      }
+#pragma GCC unroll 4
+      for (int row = 0; row < kRows; ++row) {
+        uint32_t word;
+        std::memcpy(&word, meta[row] + column / 8, sizeof word);
+        const Indices index = reinterpret_cast<Indices>((Words{} + word) >> (shifts + uint32_t(part)));
+        const Vec kept = load_wide(values[row] + (column + part) / 2);
+        for (int token = 0; token < kTokens; ++token)
+          sum[token][row] += kept * blend_halves(select(even[token], index), select(odd[token], index));
+      }
+    }
+  }
+  for (int token = 0; token < kTokens; ++token)
+    for (int row = 0; row < kRows; ++row) out[token * kRows + row] = sum_of_lanes(sum[token][row]);
+}
 
 // One vector of metadata words: 32 columns of each of kLanes rows, the first group in the low bits.
 inline Indices load_words(const uint8_t* const* meta, int64_t byte) {
@@ -22,10 +67,10 @@ inline Indices load_words(const uint8_t* const* meta, int64_t byte) {
   return words;
 }
 
-// sum[token] = the product of kLanes rows with x[token][columns], which is padded to whole words of metadata.
+// out[token][row] = the product of kLanes rows with x[token][columns].
 template <int kTokens, class T>
-void multiply_few(const T* const* values, const uint8_t* const* meta, int64_t columns, const float* x, Vec* out) {
-  constexpr int kChains = kTokens == 1 ? 4 : kTokens <= 4 ? 2 : 1;  // independent sums for the latency of the multiply-add
+void multiply_transposed(const T* const* values, const uint8_t* const* meta, int64_t columns, const float* x, float* out) {
+  constexpr int kChains = kTokens <= 4 ? 2 : 1;  // independent sums for the latency of the multiply-add
   Vec sum[kTokens][kChains] = {};
   for (int64_t column = 0; column < columns; column += 32) {
     Indices words = load_words(meta, column / 8);
@@ -44,52 +89,64 @@ void multiply_few(const T* const* values, const uint8_t* const* meta, int64_t co
       }
     }
   }
-  for (int token = 0; token < kTokens; ++token) {
-    out[token] = sum[token][0];
-    for (int chain = 1; chain < kChains; ++chain) out[token] += sum[token][chain];
-  }
+  for (int token = 0; token < kTokens; ++token)
+    store(out + token * kLanes, kChains == 2 ? sum[token][0] + sum[token][kChains - 1] : sum[token][0]);
 }
+
+// out[token][row] for `rows` rows at once, x prepared as the kernel wants it.
+template <class T>
+struct Kernel {
+  void (*run)(const T* const* values, const uint8_t* const* meta, int64_t columns, const float* x, float* out);
+  int rows;
+  bool tables;
+};
 
 // The fewest tokens, out of those compiled, that hold so many.
 template <class T>
-auto kernel_for(int64_t tokens) {
-  return tokens <= 1   ? multiply_few<1, T>
-         : tokens <= 2 ? multiply_few<2, T>
-         : tokens <= 4 ? multiply_few<4, T>
-         : tokens <= 6 ? multiply_few<6, T>
-                       : multiply_few<8, T>;
+Kernel<T> kernel_for(int64_t tokens) {
+  if (tokens == 1) return {multiply_values<1, T>, kRows, true};
+  if (tokens == 2) return {multiply_values<2, T>, kRows, true};
+  if (tokens <= 4) return {multiply_transposed<4, T>, kLanes, false};
+  if (tokens <= 6) return {multiply_transposed<6, T>, kLanes, false};
+  return {multiply_transposed<8, T>, kLanes, false};
 }
+
+}  // namespace
 
 template <class T>
 void linear_few_tokens(const NM24Linear& op, const Block<T>& w) {
-  const auto kernel = kernel_for<T>(op.tokens);
-  const Scratch x(kFewTokens * w.columns);
+  const Kernel<T> kernel = kernel_for<T>(op.tokens);
+  const Scratch memory((kFewTokens + 1) * w.columns);
+  float* const x = memory.data();
+  float* const wide = x + kFewTokens * w.columns;
   for (int64_t token = 0; token < kFewTokens; ++token) {
     const T* in = static_cast<const T*>(op.x) + token * op.x_stride;
-    float* out = x.data() + token * w.columns;
+    float* out = kernel.tables ? wide : x + token * w.columns;
     for (int64_t column = 0; column < w.columns; ++column)
       out[column] = token < op.tokens && column < op.in_features ? to_float(in[column]) : 0.0f;
+    if (kernel.tables) arrange_tables(wide, w.columns, x + token * w.columns);
   }
-  const int64_t blocks = ceil_div(w.rows, kLanes);
+  const int64_t blocks = ceil_div(w.rows, kernel.rows);
 #pragma omp parallel for num_threads(int(min(op.threads, blocks))) schedule(static)
   for (int64_t block = 0; block < blocks; ++block) {
-    const T* values[kLanes];
-    const uint8_t* meta[kLanes];
-    for (int lane = 0; lane < kLanes; ++lane) {
-      const int64_t row = min(block * kLanes + lane, w.rows - 1);
-      values[lane] = w.values + row * w.value_stride;
-      meta[lane] = w.meta + row * w.meta_stride;
+    const int64_t first = block * kernel.rows, rows = min(kernel.rows, w.rows - first);
+    const T* values[kMaxRows];
+    const uint8_t* meta[kMaxRows];
+    for (int i = 0; i < kernel.rows; ++i) {
+      const int64_t row = first + min(i, rows - 1);
+      values[i] = w.values + row * w.value_stride;
+      meta[i] = w.meta + row * w.meta_stride;
     }
-    Vec sum[kFewTokens];
-    kernel(values, meta, w.columns, x.data(), sum);
-    const int64_t row = block * kLanes, rows = min(kLanes, w.rows - row);
-    float bias[kLanes] = {};
-    if (op.bias)
-      for (int64_t i = 0; i < rows; ++i) bias[i] = to_float(static_cast<const T*>(op.bias)[row + i]);
+    float sums[kFewTokens * kMaxRows];
+    kernel.run(values, meta, w.columns, x, sums);
     for (int64_t token = 0; token < op.tokens; ++token) {
-      float out[kLanes];
-      store(out, activate(sum[token] + load(bias), op.activation));
-      copy_row(out, rows, static_cast<T*>(op.y) + token * w.rows + row);
+      float* sum = sums + token * kernel.rows;
+      T* y = static_cast<T*>(op.y) + token * w.rows + first;
+      for (int64_t i = 0; i < rows; ++i) sum[i] += op.bias ? to_float(static_cast<const T*>(op.bias)[first + i]) : 0.0f;
+      float out[kMaxRows] = {};
+      std::memcpy(out, sum, size_t(rows) * 4);
+      store(out, activate(load(out), op.activation));
+      copy_row(out, rows, y);
     }
   }
 }

@@ -1,5 +1,5 @@
 // The kernels that every instruction set offers; dispatch.cpp includes this once for each and chooses among them.
-#include "../ops.h"
+#include "ops.h"
 
 namespace sparseops {
 namespace SPARSEOPS_ISA {

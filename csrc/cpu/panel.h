@@ -18,7 +18,7 @@
 #include <omp.h>
 #endif
 
-#include "../ops.h"
+#include "ops.h"
 #include "vector.h"
 
 namespace sparseops {
@@ -163,11 +163,13 @@ void multiply_tiles(const Block<T>& w, int64_t positions, int threads, const Pac
     const int64_t row = tiling.first_row(task), rows = tiling.last_row(task) - row;
     const Block<T> chunk = w.from_row(row, rows);
     const int64_t step = Multiply<T>::block_columns(span.vectors);
-    for (int64_t column = 0; column < w.columns; column += step) {
+    int64_t column = 0;
+    do {  // a weight without columns still has sums: zeros
       const int64_t columns = min(step, w.columns - column);
       pack(panel, span, column, columns);
       Multiply<T>::run(span.vectors, chunk.from_column(column, columns), panel, scratch, sums, column == 0);
-    }
+      column += columns;
+    } while (column < w.columns);
     finish(sums, span, row, rows);
   }
 }

@@ -3,7 +3,7 @@
 // j % stride_w at index j / stride_w. Output column `ow` of tap column `s` is then index ow + s*dilation_w / stride_w of
 // one phase: consecutive outputs are consecutive floats at any stride.
 #pragma once
-#include "../ops.h"
+#include "ops.h"
 #include "panel.h"
 
 namespace sparseops {

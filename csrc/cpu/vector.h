@@ -218,6 +218,19 @@ inline Vec select(Vec quads, Indices index) {
 #endif
 }
 
+// The first two lanes of each quad of `a`, the last two of `b`.
+inline Vec blend_halves(Vec a, Vec b) {
+#if defined(SPARSEOPS_AVX512)
+  return _mm512_mask_blend_ps(0xcccc, a, b);
+#elif defined(SPARSEOPS_AVX2)
+  return _mm256_blend_ps(a, b, 0xcc);
+#else
+  for (int lane = 0; lane < kLanes; ++lane)
+    if (lane & 2) a[lane] = b[lane];
+  return a;
+#endif
+}
+
 // Transposes the 4x4 block that rows a, b, c, d form in each quad of lanes.
 inline void transpose_quads(Vec& a, Vec& b, Vec& c, Vec& d) {
 #if defined(SPARSEOPS_AVX512)
@@ -236,6 +249,20 @@ inline void transpose_quads(Vec& a, Vec& b, Vec& c, Vec& d) {
   for (int i = 0; i < 4; ++i)
     for (int lane = 0; lane < kLanes; ++lane) (*out[i])[lane] = rows[lane % 4][lane / 4 * 4 + i];
 #endif
+}
+
+// kLanes consecutive elements, widened.
+inline Vec load_wide(const float* p) { return load(p); }
+template <class T>
+inline Vec load_wide(const T* p) {
+  return join_quads([&](int quad) { return load_quad(p + 4 * quad); });
+}
+
+inline float sum_of_lanes(Vec v) {
+  float lanes[kLanes], sum = 0.0f;
+  store(lanes, v);
+  for (int lane = 0; lane < kLanes; ++lane) sum += lanes[lane];
+  return sum;
 }
 
 // Four consecutive elements of each of kLanes rows: element `index + i` of all rows in out[i].
