@@ -1,0 +1,100 @@
+"""``python -m benchmarks.table``: the newest results as Markdown; ``--write`` puts them into the README.
+
+It never measures: it reads what ``benchmarks.run`` and ``benchmarks.end_to_end`` wrote with ``--csv``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from itertools import groupby
+from pathlib import Path
+
+from benchmarks.provenance import RESULTS, TREE
+from benchmarks.results import Row, newest, read
+
+BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
+OP_ORDER = ("end_to_end", "nm24_linear", "nm24_conv")
+SETTING = ("machine", "isa", "threads", "torch", "commit")
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """One table for each machine, instruction set, thread count, torch version and commit among ``rows``."""
+    if not rows:
+        return "Nothing has been measured yet.\n"
+
+    def setting(row: Row) -> tuple[str, ...]:
+        return tuple(str(getattr(row, name)) for name in SETTING)
+
+    def place(row: Row) -> tuple[object, ...]:
+        return setting(row), OP_ORDER.index(row.op) if row.op in OP_ORDER else len(OP_ORDER)
+
+    parts = []
+    for key, group in groupby(sorted(rows, key=place), setting):
+        machine, isa, threads, torch, commit = key
+        threads += " thread" if threads == "1" else " threads"
+        lines = [
+            f"{machine}; {isa} kernels; {threads}; torch {torch}; commit `{commit or 'unknown'}`.",
+            "",
+            "| work | dtype | dense ms | sparse ms | ratio | at least | aim | reached |",
+            "|---|---|---:|---:|---:|---:|---:|---|",
+        ]
+        lines += [f"| {' | '.join(_cells(row))} |" for row in group]
+        parts.append("\n".join(lines) + "\n")
+    return "\n".join(parts)
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    aim = f"{row.aim:.2f}" if row.aim else ""
+    times = (_ms(row.dense_ms), _ms(row.sparse_ms), f"**{row.ratio:.2f}**")
+    return (_name(row), row.dtype, *times, f"{row.at_least:.2f}", aim, row.verdict)
+
+
+def _name(row: Row) -> str:
+    kind = {"nm24_linear": "linear", "nm24_conv": "convolution"}.get(row.op, "whole model:")
+    return f"{kind} {row.work.replace('->', '→')}"
+
+
+def _ms(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def spliced(readme: str, table: str) -> str:
+    """``readme`` with ``table`` between the markers. ValueError when a marker is missing."""
+    head, begin, rest = readme.partition(BEGIN)
+    _, end, tail = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"README must hold {BEGIN} and {END}, got none")
+    return f"{head}{BEGIN}\n{table}{END}{tail}"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Prints the table, or writes it into the README."""
+    what = "The newest results as Markdown."
+    options = argparse.ArgumentParser("python -m benchmarks.table", description=what)
+    add = options.add_argument
+    add("--csv", type=Path, default=RESULTS, metavar="FOLDER", help="where the results are")
+    add("--machine", default="", metavar="TEXT", help="only machines whose name contains TEXT")
+    add("--threads", type=int, metavar="N", help="only rows of this thread count")
+    add("--isa", metavar="NAME", help="only rows of this instruction set")
+    add("--write", action="store_true", help="put it into the README, between the markers")
+    chosen = options.parse_args(argv)
+    rows = [
+        row
+        for row in newest(read(chosen.csv))
+        if chosen.machine in row.machine
+        and chosen.threads in (None, row.threads)
+        and chosen.isa in (None, row.isa)
+    ]
+    table = markdown(rows)
+    if chosen.write:
+        readme = TREE / "README.md"
+        readme.write_text(spliced(readme.read_text(), table))
+    else:
+        print(table, end="")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,67 @@
+"""Access to the built module ``sparseops._C``: ``C`` is the module, or None and ``error`` says why.
+
+The variables of ``sparseops.env`` take effect here, when this module is first imported. A bad value is kept
+as ``config_error`` and raised when a kernel is first asked for, so that ``import sparseops`` never fails.
+"""
+
+import importlib
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from sparseops import env
+
+
+def _load() -> tuple[ModuleType | None, str | None]:
+    """The built module and None, or None and one sentence that says why it cannot be used."""
+    package = Path(__file__).resolve().parent
+    found = importlib.util.find_spec("sparseops._C")
+    if found is None:
+        if (package.parent / "csrc").is_dir():
+            return None, (
+                f"the source tree at {package.parent} has no built module: "
+                "run `pip install -e .` there, or run Python from another directory"
+            )
+        return None, f"the installation at {package} has no built module: reinstall sparseops"
+    try:
+        return importlib.import_module("sparseops._C"), None
+    except ImportError as exc:
+        return None, f"the built module {found.origin} cannot be imported ({exc}): reinstall sparseops"
+
+
+def _configure(module: ModuleType | None) -> tuple[bool, str | None]:
+    """Apply the environment: whether the fast path is on, and one sentence on a bad variable."""
+    try:
+        isa = env.cpu_isa()
+        fast = env.fast_path()
+    except ValueError as exc:
+        return False, str(exc)
+    if module is not None and isa is not None:
+        if not module.cpu_supports(isa):
+            usable = ", ".join(name for name in env.CPU_ISAS if module.cpu_supports(name))
+            return False, (
+                "SPARSEOPS_CPU_ISA must name an instruction set that was built and that this processor has "
+                f"({usable}), got {isa!r}"
+            )
+        module.cpu_use_isa(isa)
+    return fast, None
+
+
+C: Any  # the module, or None; not ModuleType, which would hide that its functions exist
+C, error = _load()
+fast_path, config_error = _configure(C)
+
+
+def require(op: str) -> ModuleType:
+    """The built module, for ``op``.
+
+    Raises:
+        ValueError: a ``SPARSEOPS_*`` variable has a bad value.
+        RuntimeError: there is no usable built module; the text says why and what to do.
+    """
+    if config_error is not None:
+        raise ValueError(config_error)
+    if C is None:
+        raise RuntimeError(f"{op}: no kernel can run, {error}")
+    return C

@@ -1,0 +1,259 @@
+"""``nm24_linear``: y[..., o] = act(sum over k of x[..., k] * w[o, k] + bias[o]) with a 2:4 weight w [O, K].
+
+``sparseops.formats.nm24`` draws the layout of values [O, P/2] and meta [O, P/8]; P is K rounded up to a
+multiple of 32, and x is never padded. In float16 and bfloat16 the kernels accumulate in float32 and round
+once.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from math import prod
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sparseops import _native
+from sparseops.formats.nm24 import PITCH, expand, gather, pack_columns
+from sparseops.ops import registry
+from sparseops.ops.common import (
+    ACTIVATIONS,
+    activate,
+    activation_grad,
+    check_devices,
+    check_weight,
+    loop_vmap,
+    make_bias,
+    make_weight,
+)
+
+NAME = "nm24_linear"
+
+
+def nm24_linear_reference(
+    x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None = None, *, activation: str = "none"
+) -> Tensor:
+    """Plain torch: expand the weight and call ``F.linear``."""
+    return activate(F.linear(x, expand(values, meta)[:, : x.shape[-1]], bias), activation)
+
+
+def supports(x: Tensor, values: Tensor | None = None, *_: Any) -> str | None:
+    """Why no kernel can run on ``x`` and ``values``, None if one can; looks at devices and dtypes alone."""
+    return registry.no_kernel_reason(x, values)
+
+
+def _check(x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None, activation: str) -> tuple[int, int]:
+    """Check every argument but the devices, and return the weight's rows and packed columns."""
+    rows, packed = check_weight(NAME, x, values, meta, bias, activation)
+    if x.ndim == 0:
+        raise ValueError(f"{NAME}: x must have at least one dimension, got a scalar")
+    if not packed - PITCH < x.shape[-1] <= packed:
+        raise ValueError(
+            f"{NAME}: x must have {max(packed - PITCH + 1, 0)} to {packed} features to match values of "
+            f"{packed} packed columns, got {x.shape[-1]}"
+        )
+    return rows, packed
+
+
+def _as_rows(x: Tensor) -> Tensor:
+    """[..., K] as [tokens, K]; the count is spelled out because -1 is ambiguous where there is no element."""
+    return x.reshape(prod(x.shape[:-1]), x.shape[-1])
+
+
+def _kernel(x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+    """Check the arguments and run the CPU kernel."""
+    shape = x.shape
+    if len(shape) != 2:
+        rows, _ = _check(x, values, meta, bias, activation)
+        return _kernel(_as_rows(x), values, meta, bias, activation).view(*shape[:-1], rows)
+    rows, packed = check_weight(NAME, x, values, meta, bias, activation)
+    tokens, features = shape
+    if not packed - PITCH < features <= packed:
+        _check(x, values, meta, bias, activation)  # says what is wrong; asked here to save a call
+    row_stride, column_stride = x.stride()
+    if column_stride != 1:
+        x = x.contiguous()
+        row_stride = features
+    if not (values.is_contiguous() and meta.is_contiguous() and (bias is None or bias.is_contiguous())):
+        values, meta = values.contiguous(), meta.contiguous()
+        bias = None if bias is None else bias.contiguous()
+    y = x.new_empty(tokens, rows)  # two ints: a tuple takes 0.6 us longer
+    if not (tokens and rows):
+        return y
+    _native.C.nm24_linear(
+        x.data_ptr(),
+        row_stride,
+        values.data_ptr(),
+        meta.data_ptr(),
+        0 if bias is None else bias.data_ptr(),
+        y.data_ptr(),
+        tokens,
+        features,
+        rows,
+        packed,
+        registry.KERNEL_DTYPES[x.dtype],
+        ACTIVATIONS[activation],
+        torch.get_num_threads(),
+    )
+    return y
+
+
+def _impl(x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+    check_devices(NAME, "x", x=x, values=values, meta=meta, bias=bias)
+    reason = supports(x, values)
+    if reason is None:
+        return _kernel(x, values, meta, bias, activation)
+    _check(x, values, meta, bias, activation)
+    registry.fall_back(NAME, reason)
+    return nm24_linear_reference(x, values, meta, bias, activation=activation).contiguous()
+
+
+def _fake(x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+    rows, _ = _check(x, values, meta, bias, activation)
+    check_devices(NAME, "x", x=x, values=values, meta=meta, bias=bias)
+    return x.new_empty((*x.shape[:-1], rows))
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, values, meta, bias, activation = inputs
+    ctx.activation = activation
+    ctx.save_for_backward(x, values, meta, bias, output if activation == "relu" else None)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, values, meta, bias, y = ctx.saved_tensors
+    at = _op(x, values, meta, bias, "none") if ctx.activation in ("silu", "gelu") else y
+    grad = activation_grad(grad, at, ctx.activation)
+    grad_x = grad_values = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        grad_x = grad @ expand(values, meta)[:, : x.shape[-1]]
+    if ctx.needs_input_grad[1]:
+        grad_values = gather(pack_columns(_as_rows(grad).t() @ _as_rows(x)), meta)
+    if ctx.needs_input_grad[3]:
+        grad_bias = _as_rows(grad).sum(0)
+    return grad_x, grad_values, None, grad_bias, None
+
+
+def _vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Tensor, int]:
+    if any(dim is not None for dim in in_dims[1:]):
+        return loop_vmap(_op, info, in_dims, args), 0
+    return _op(args[0].movedim(in_dims[0], 0), *args[1:]), 0
+
+
+_op = registry.define(
+    f"{NAME}(Tensor x, Tensor values, Tensor meta, Tensor? bias, str activation) -> Tensor",
+    impl=_impl,
+    fake=_fake,
+    setup_context=_setup_context,
+    backward=_backward,
+    vmap=_vmap,
+    autocast=True,
+)
+
+
+def nm24_linear(
+    x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None = None, *, activation: str = "none"
+) -> Tensor:
+    """Linear layer with a 2:4 weight, bias and activation in one pass.
+
+    Where no kernel can run (``supports`` says why) the plain torch reference runs, and a warning says so
+    once.
+
+    Args:
+        x: activations [..., K], float16, bfloat16, float32 or float64.
+        values: kept weights [O, P/2] in the dtype of x, P being K rounded up to a multiple of 32.
+        meta: their columns [O, P/8], uint8.
+        bias: [O] in the dtype of x, or None.
+        activation: ``"none"``, ``"relu"``, ``"silu"`` or ``"gelu"`` (the exact one).
+
+    Returns:
+        [..., O], contiguous; differentiable in x, values and bias.
+
+    Raises:
+        TypeError: a dtype is wrong.
+        ValueError: a shape, a device or the activation is wrong, or a ``SPARSEOPS_*`` variable is.
+    """
+    if registry.fast(x, values, meta, bias):
+        return _kernel(x, values, meta, bias, activation)
+    if reason := registry.transform_reason():
+        registry.fall_back(NAME, reason)
+        return nm24_linear_reference(x, values, meta, bias, activation=activation)
+    return _op(x, values, meta, bias, activation)
+
+
+def _inputs(
+    tokens: int | tuple[int, ...],
+    in_features: int,
+    out_features: int,
+    dtype: torch.dtype,
+    *,
+    bias: bool = True,
+    activation: str = "none",
+    view: Callable[[Tensor], Tensor] | None = None,
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    lead = (tokens,) if isinstance(tokens, int) else tokens
+    generator = torch.Generator().manual_seed(in_features * out_features)
+    x = torch.randn((*lead, in_features), generator=generator).to(dtype)
+    weight = make_weight((out_features, in_features), dtype, generator)
+    offset = make_bias(out_features, dtype, generator) if bias else None
+    return (view(x) if view else x, weight.values, weight.meta, offset), {"activation": activation}
+
+
+def _case(name: str, *sizes: Any, **options: Any) -> registry.Case:
+    return registry.Case(name, partial(_inputs, *sizes, **options))
+
+
+def _strided(x: Tensor) -> Tensor:
+    """``x`` as the left part of rows whose right part is NaN: a kernel that reads past K shows it."""
+    return torch.cat([x, torch.full_like(x, torch.nan)], -1)[..., : x.shape[-1]]
+
+
+def _misaligned(x: Tensor) -> Tensor:
+    """``x`` one element behind the start of its storage."""
+    return torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape)
+
+
+CASES = (
+    _case("one_token", 1, 64, 48),
+    _case("lt_tile", 2, 8, 3),
+    _case("eq_tile", 16, 64, 32),
+    _case("gt_tile", 33, 160, 80),
+    _case("tail", 7, 37, 19),
+    _case("one_feature", 3, 1, 5),
+    _case("no_features", 3, 0, 5),
+    _case("one_row", 5, 96, 1),
+    _case("deep", 9, 1100, 33),
+    _case("wide", 4, 64, 517),
+    _case("many_tokens", 203, 72, 40),
+    _case("no_bias", 5, 64, 24, bias=False),
+    _case("relu", 6, 64, 24, activation="relu"),
+    _case("silu", 6, 64, 24, activation="silu"),
+    _case("gelu", 6, 64, 24, activation="gelu"),
+    _case("relu_no_bias_tail", 5, 70, 21, activation="relu", bias=False),
+    _case("batched", (2, 3, 5), 64, 24),
+    _case("vector", (), 40, 12),
+    _case("strided", 6, 40, 24, view=_strided),
+    _case("strided_one_token", 1, 39, 24, view=_strided),
+    _case("misaligned", 6, 64, 24, view=_misaligned),
+    _case("transposed", 6, 64, 24, view=lambda x: x.t().contiguous().t()),
+    _case("expanded", 1, 64, 24, view=lambda x: x.expand(5, -1)),
+    _case(
+        "batched_transposed", (3, 4), 64, 24, view=lambda x: x.transpose(0, 1).contiguous().transpose(0, 1)
+    ),
+    _case("negated", 6, 64, 24, view=torch._neg_view),
+    _case("empty", 0, 64, 24),
+    _case("batched_empty", (2, 0), 64, 24, activation="gelu"),
+    _case("no_rows", 4, 64, 0),
+)
+
+registry.register(
+    registry.Op(
+        name=NAME,
+        fn=nm24_linear,
+        reference=nm24_linear_reference,
+        supports=supports,
+        impls=registry.cpu_impls("f32, f16 and bf16, any shape"),
+        cases=CASES,
+    )
+)

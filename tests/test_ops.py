@@ -1,0 +1,513 @@
+"""Every op of the registry in every case, dtype and instruction set, against float64 and plain torch."""
+
+import sys
+import warnings
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch._dynamo.testing
+from conftest import ISAS
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from sparseops import _native
+from sparseops.ops import REGISTRY, registry
+from sparseops.testing import assert_close, expect, expect_grads, grads
+
+DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
+OPS = list(REGISTRY.values())
+CASES = [pytest.param(op, case, id=f"{op.name}-{case.name}") for op in OPS for case in op.cases]
+
+
+def some_cases(*names):
+    return pytest.mark.parametrize(("op", "case"), [c for c in CASES if c.values[1].name in names])
+
+
+# cases that differ from others in sizes alone, which say nothing new about how an op is registered
+SIZES_ONLY = {
+    *("lt_tile", "eq_tile", "gt_tile", "deep", "wide", "many_tokens", "one_row", "one_feature", "wide_image"),
+    *("rgb_7x7_stride_2", "depthwise", "groups", "valid", "huge_padding", "column_kernel", "kernel_is_image"),
+    *("pointwise_stride", "strided_one_token", "relu_no_bias_tail", "channels_last_groups"),
+}
+
+every_case = pytest.mark.parametrize(("op", "case"), CASES)
+every_dtype = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+every_op = pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
+
+
+def tensors(args):
+    return [arg for arg in args if isinstance(arg, torch.Tensor)]
+
+
+def is_floating(arg):
+    return isinstance(arg, torch.Tensor) and arg.is_floating_point()
+
+
+def as_leaves(args):
+    """``args`` with a gradient asked for wherever there can be one."""
+    return [arg.detach().requires_grad_() if is_floating(arg) else arg for arg in args]
+
+
+def layout(y):
+    return y.shape, y.stride(), y.dtype
+
+
+def case_of(op, name="tail"):
+    return next(case for case in op.cases if case.name == name)
+
+
+class Dispatched(TorchDispatchMode):
+    """Records the calls of our ops that come through the dispatcher."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "sparseops":
+            self.calls.append((func, args))
+        return func(*args, **(kwargs or {}))
+
+
+def dispatched(op, args, kwargs):
+    """The overload and the raw arguments that the public function calls it with."""
+    with Dispatched() as record:
+        op.fn(*args, **kwargs)
+    ((overload, raw),) = record.calls
+    return overload, raw
+
+
+@pytest.fixture
+def fast_calls(monkeypatch):
+    """What the fast-path guard answered, call by call."""
+    answers = []
+    guard = registry.fast
+
+    def spy(*args):
+        answers.append(guard(*args))
+        return answers[-1]
+
+    monkeypatch.setattr(registry, "fast", spy)
+    return answers
+
+
+@pytest.fixture
+def no_fast_path(monkeypatch):
+    monkeypatch.setattr(registry, "FAST", False)
+
+
+def test_the_native_module_is_built():
+    assert _native.error is None, _native.error
+    assert "portable" in ISAS
+
+
+def test_the_registry_is_complete():
+    assert sorted(REGISTRY) == ["nm24_conv", "nm24_linear", "nm24_to_dense"]
+    for op in OPS:
+        assert getattr(sys.modules["sparseops.ops"], op.name) is op.fn
+        assert {"lt_tile", "eq_tile", "gt_tile", "tail"} <= {case.name for case in op.cases}
+        assert len({case.name for case in op.cases}) == len(op.cases)
+
+
+@every_dtype
+@every_case
+def test_forward(op, case, dtype, isa):
+    args, kwargs = case.make(dtype)
+    assert op.supports(*args) is None
+    before = [t.clone() for t in tensors(args)]
+    y = op.fn(*args, **kwargs)
+    assert_close(y, expect(op, args, kwargs))
+    for t, copy in zip(tensors(args), before, strict=True):
+        torch.testing.assert_close(t, copy, rtol=0, atol=0, equal_nan=True)
+
+
+@every_case
+def test_forward_f64_is_the_reference(op, case):
+    args, kwargs = case.make(torch.float64)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        y = op.fn(*args, **kwargs)
+    assert_close(y, expect(op, args, kwargs))
+
+
+def test_expanding_is_exact():
+    op = REGISTRY["nm24_to_dense"]
+    for case in op.cases:
+        for dtype in (*DTYPES.values(), torch.float64):
+            args, kwargs = case.make(dtype)
+            assert torch.equal(op.fn(*args, **kwargs), op.reference(*args, **kwargs))
+
+
+@every_dtype
+@every_case
+def test_fast_path_and_dispatcher_agree(op, case, dtype, fast_calls, monkeypatch):
+    args, kwargs = case.make(dtype)
+    fast = op.fn(*args, **kwargs)
+    assert fast_calls in ([], [case.name != "negated"])
+    monkeypatch.setattr(registry, "FAST", False)
+    slow = op.fn(*args, **kwargs)
+    assert torch.equal(fast, slow)
+    assert layout(fast) == layout(slow)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 7])
+@every_op
+def test_any_number_of_threads(op, threads, isa):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for name in ("gt_tile", "deep", "many_tokens", "channels_last"):
+            for case in (case for case in op.cases if case.name == name):
+                args, kwargs = case.make(torch.float32)
+                assert_close(op.fn(*args, **kwargs), expect(op, args, kwargs))
+    finally:
+        torch.set_num_threads(before)
+
+
+@every_dtype
+@every_case
+def test_gradients(op, case, dtype):
+    args, kwargs = case.make(dtype)
+    generator = torch.Generator().manual_seed(1)
+    cotangent = torch.randn(op.fn(*args, **kwargs).shape, generator=generator).to(dtype)
+    found = grads(op.fn, args, kwargs, cotangent)
+    for position, expected in expect_grads(op, args, kwargs, cotangent).items():
+        assert_close(found[position], expected)
+
+
+@pytest.mark.filterwarnings("ignore:.*plain torch reference")
+@some_cases("tail", "relu", "silu", "gelu", "same_even_kernel", "stride", "groups_tail", "batched", "vector")
+def test_gradcheck(op, case):
+    args, kwargs = case.make(torch.float64)
+    leaves = as_leaves(tensors(args))
+    rest = [None] * (len(args) - len(leaves))
+
+    def fn(*given):
+        return op.fn(*given, *rest, **kwargs)
+
+    assert torch.autograd.gradcheck(fn, leaves, fast_mode=True)
+    assert torch.autograd.gradgradcheck(fn, leaves, fast_mode=True)
+
+
+@every_op
+def test_gradients_only_where_asked(op):
+    args, kwargs = case_of(op).make(torch.float32)
+    floating = [i for i, arg in enumerate(args) if is_floating(arg)]
+    full = grads(op.fn, args, kwargs, torch.ones_like(op.fn(*args, **kwargs)))
+    for asked in floating:
+        leaves = [arg.detach() if isinstance(arg, torch.Tensor) else arg for arg in args]
+        leaves[asked].requires_grad_()
+        op.fn(*leaves, **kwargs).sum().backward()
+        assert [i for i in floating if leaves[i].grad is not None] == [asked]
+        torch.testing.assert_close(leaves[asked].grad, full[asked])
+
+
+@pytest.mark.parametrize(("op", "case"), [c for c in CASES if c.values[1].name not in SIZES_ONLY])
+def test_opcheck(op, case):
+    args, kwargs = case.make(torch.float32)
+    overload, raw = dispatched(op, args, kwargs)
+    results = torch.library.opcheck(overload, tuple(as_leaves(raw)))
+    assert set(results.values()) == {"SUCCESS"}
+
+
+@every_case
+def test_fake_tensors(op, case):
+    args, kwargs = case.make(torch.bfloat16)
+    if any(t.is_neg() for t in tensors(args)):
+        args = [t.resolve_neg() if isinstance(t, torch.Tensor) else t for t in args]
+    y = op.fn(*args, **kwargs)
+    with FakeTensorMode() as mode:
+        fake_args = [mode.from_tensor(arg) if isinstance(arg, torch.Tensor) else arg for arg in args]
+        fake = op.fn(*fake_args, **kwargs)
+    assert layout(fake) == layout(y)
+
+
+@every_op
+def test_meta_tensors(op):
+    args, kwargs = case_of(op).make(torch.float32)
+    bare = op.fn(*(arg.to("meta") if isinstance(arg, torch.Tensor) else arg for arg in args), **kwargs)
+    assert bare.device.type == "meta"
+    assert layout(bare) == layout(op.fn(*args, **kwargs))
+
+
+def more_of(args, kwargs):
+    """Arguments like ``args`` with one more token, image or row."""
+    first, *others = args
+    if kwargs:
+        return [torch.cat([first, first[:1]]), *others]
+    return [torch.cat([t, t[:1]]) for t in args]
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@some_cases("tail", "gelu", "channels_last_tail")
+def test_compile_with_dynamic_batch(op, case):
+    args, kwargs = case.make(torch.float32)
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("inductor")
+
+    def fn(first, *rest):
+        return torch.sigmoid(op.fn(first * 2, *rest, **kwargs)).sum()
+
+    compiled = torch.compile(fn, fullgraph=True, dynamic=True, backend=counter)
+    for given in (args, more_of(args, kwargs)):
+        leaves = as_leaves(given)
+        wanted = [leaf for leaf in tensors(leaves) if leaf.requires_grad]
+        y, plain = compiled(*leaves), fn(*leaves)
+        torch.testing.assert_close(y, plain)
+        for a, b in zip(torch.autograd.grad(y, wanted), torch.autograd.grad(plain, wanted), strict=True):
+            torch.testing.assert_close(a, b)
+    assert counter.frame_count == 1
+
+
+class Wrapper(torch.nn.Module):
+    """An op with all but its first argument as state."""
+
+    def __init__(self, op, args, kwargs):
+        super().__init__()
+        self.op, self.kwargs = op, kwargs
+        self.values = torch.nn.Parameter(args[1])
+        self.register_buffer("columns", args[2])
+        self.bias = None if args[3] is None else torch.nn.Parameter(args[3])
+
+    def forward(self, x):
+        return self.op.fn(x, self.values, self.columns, self.bias, **self.kwargs)
+
+
+LAYERS = [REGISTRY["nm24_linear"], REGISTRY["nm24_conv"]]
+every_layer = pytest.mark.parametrize("op", LAYERS, ids=lambda op: op.name)
+
+
+@every_layer
+def test_export_with_dynamic_batch(op, tmp_path):
+    args, kwargs = case_of(op, "gelu").make(torch.float32)
+    x = torch.cat([args[0]] * 3)
+    layer = Wrapper(op, args, kwargs)
+    program = torch.export.export(layer, (x,), dynamic_shapes={"x": {0: torch.export.Dim("batch")}})
+    assert [n for n in program.graph.nodes if n.target is getattr(torch.ops.sparseops, op.name).default]
+    torch.export.save(program, tmp_path / "layer.pt2")
+    loaded = torch.export.load(tmp_path / "layer.pt2").module()
+    for batch in (x, x[:2], torch.cat([x, x])):
+        torch.testing.assert_close(loaded(batch), layer(batch))
+
+
+@every_layer
+def test_jit_trace_records_the_op(op):
+    args, kwargs = case_of(op).make(torch.float32)
+    layer = Wrapper(op, args, kwargs).requires_grad_(False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        traced = torch.jit.trace(layer, args[0])
+    other = args[0] * -2 + 1
+    torch.testing.assert_close(traced(other), layer(other))
+
+
+@pytest.mark.parametrize("in_dim", [0, 1, -1])
+@some_cases("tail", "relu", "vector", "channels_last_tail")
+def test_vmap_over_the_first_argument(op, case, in_dim):
+    (first, *rest), kwargs = case.make(torch.float32)
+    each = torch.stack([first, first * 2 - 1, -first])
+    batched = torch.vmap(lambda x: op.fn(x, *rest, **kwargs), in_dims=in_dim)
+    for got, x in zip(batched(each.movedim(0, in_dim).contiguous()), each, strict=True):
+        torch.testing.assert_close(got, op.fn(x, *rest, **kwargs))
+
+
+@every_op
+def test_vmap_over_every_argument(op):
+    args, kwargs = case_of(op).make(torch.float32)
+    stacks = [torch.stack([t, t.roll(1, 0)]) for t in tensors(args)]
+    y = torch.vmap(lambda *each: op.fn(*each, **kwargs))(*stacks)
+    for i, got in enumerate(y):
+        torch.testing.assert_close(got, op.fn(*(stack[i] for stack in stacks), **kwargs))
+
+
+@every_op
+def test_vmap_over_the_last_tensors(op):
+    args, kwargs = case_of(op).make(torch.float32)
+    *shared, last = tensors(args)
+    stack = torch.stack([last, last.roll(1, 0)])
+    y = torch.vmap(lambda t: op.fn(*shared, t, **kwargs))(stack)
+    for i, got in enumerate(y):
+        torch.testing.assert_close(got, op.fn(*shared, stack[i], **kwargs))
+
+
+@every_layer
+def test_vmap_inside_autograd(op):
+    args, kwargs = case_of(op, "silu").make(torch.float32)
+    cotangent = torch.randn(2, *op.fn(*args, **kwargs).shape)
+
+    def batched(x, *rest, **kwargs):
+        return torch.vmap(lambda each: op.fn(each, *rest, **kwargs))(torch.stack([x, 2 * x]))
+
+    def looped(x, *rest, **kwargs):
+        return torch.stack([op.fn(x, *rest, **kwargs), op.fn(2 * x, *rest, **kwargs)])
+
+    expected = grads(looped, args, kwargs, cotangent)
+    for position, grad in grads(batched, args, kwargs, cotangent).items():
+        torch.testing.assert_close(grad, expected[position])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@every_layer
+def test_autocast(op, dtype):
+    args, kwargs = case_of(op).make(torch.float32)
+    leaves = as_leaves(args)
+    with torch.autocast("cpu", dtype):
+        y = op.fn(*leaves, **kwargs)
+        assert y.dtype is dtype
+    low = op.fn(*(arg.to(dtype) if arg.is_floating_point() else arg for arg in args), **kwargs)
+    assert torch.equal(y, low)
+    y.sum().backward()
+    assert all(leaf.grad.dtype is torch.float32 for leaf in leaves if leaf.requires_grad)
+
+
+@pytest.mark.filterwarnings("ignore:.*plain torch reference")
+@every_layer
+def test_autocast_leaves_f64_alone(op):
+    args, kwargs = case_of(op).make(torch.float64)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert op.fn(*args, **kwargs).dtype is torch.float64
+
+
+def test_autocast_does_not_touch_expanding():
+    op = REGISTRY["nm24_to_dense"]
+    args, _ = case_of(op).make(torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert op.fn(*args).dtype is torch.float32
+
+
+@every_op
+def test_stored_buffers_may_be_misaligned_and_strided(op, isa):
+    def displaced(t):
+        return torch.cat([t.new_zeros(1), t.flatten()])[1:].view(t.shape)
+
+    def strided(t):
+        return t.t().contiguous().t() if t.ndim == 2 else torch.stack([t, t], -1)[..., 0]
+
+    args, kwargs = case_of(op).make(torch.float32)
+    first, buffers = (args[:1], args[1:]) if kwargs else ((), args)
+    y = op.fn(*args, **kwargs)
+    for change in (displaced, strided):
+        assert torch.equal(op.fn(*first, *map(change, buffers), **kwargs), y)
+
+
+@every_op
+def test_inference_mode(op):
+    args, kwargs = case_of(op).make(torch.float32)
+    y = op.fn(*args, **kwargs)
+    with torch.inference_mode():
+        assert torch.equal(op.fn(*args, **kwargs), y)
+
+
+@every_layer
+def test_nan_and_infinity_reach_what_they_are_multiplied_with(op, isa):
+    """And nothing else: a dropped weight is skipped, where a dense layer would multiply infinity by zero."""
+    args, kwargs = case_of(op, "no_bias").make(torch.float32)
+    x, values = args[:2]
+    at = (0,) * x.ndim
+    touched = torch.zeros_like(x)
+    touched[at] = 1
+    reached = op.reference(touched, values.abs(), *args[2:], **kwargs) != 0
+    assert 0 < reached.sum() < reached.numel()
+    for value in (torch.nan, torch.inf, -torch.inf):
+        hit = x.clone()
+        hit[at] = value
+        assert torch.equal(~op.fn(hit, *args[1:], **kwargs).isfinite(), reached)
+
+
+@every_layer
+def test_fast_path_is_taken(op, fast_calls):
+    args, kwargs = case_of(op).make(torch.float32)
+    op.fn(*args, **kwargs)
+    layer = Wrapper(op, args, kwargs)
+    with torch.no_grad():
+        layer(args[0])
+    assert fast_calls == [True, True]
+
+
+class Subclass(torch.Tensor):
+    pass
+
+
+class SeenFunctions(TorchFunctionMode):
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.names.append(getattr(func, "__name__", ""))
+        return func(*args, **(kwargs or {}))
+
+
+@every_layer
+def test_fast_path_steps_aside(op, fast_calls):
+    (x, values, meta, bias), kwargs = case_of(op).make(torch.float32)
+    y = op.fn(x, values, meta, bias, **kwargs)
+    assert fast_calls.pop() is True
+
+    def same(call: Callable[[], torch.Tensor]) -> torch.Tensor:
+        result = call()
+        assert fast_calls.pop() is False
+        assert torch.equal(torch.Tensor(result.detach()), y)
+        return result
+
+    for position in (0, 1, 3):
+        args = [x, values, meta, bias]
+        args[position] = args[position].clone().requires_grad_()
+        assert same(lambda args=args: op.fn(*args, **kwargs)).requires_grad
+        args[position] = torch._neg_view(-args[position].detach())
+        same(lambda args=args: op.fn(*args, **kwargs))
+        args[position] = torch.nn.Parameter(args[position], requires_grad=False)
+        same(lambda args=args: op.fn(*args, **kwargs))
+    for position in range(4):
+        args = [x, values, meta, bias]
+        args[position] = args[position].as_subclass(Subclass)
+        assert type(same(lambda args=args: op.fn(*args, **kwargs))) is Subclass
+    with Dispatched() as record:
+        same(lambda: op.fn(x, values, meta, bias, **kwargs))
+    assert len(record.calls) == 1
+    with SeenFunctions() as seen:
+        same(lambda: op.fn(x, values, meta, bias, **kwargs))
+    assert any(op.name in name for name in seen.names)
+    with FlopCounterMode(display=False):
+        same(lambda: op.fn(x, values, meta, bias, **kwargs))
+    graph = make_fx(lambda x: op.fn(x, values, meta, bias, **kwargs))(x)
+    assert fast_calls.pop() is False
+    assert f"sparseops.{op.name}" in graph.code
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@every_layer
+def test_transforms_that_autograd_does_not_serve_run_the_reference(op, monkeypatch):
+    monkeypatch.setattr(registry, "_warned", set())
+    (x, *rest), kwargs = case_of(op, "gelu").make(torch.float32)
+
+    def total(fn):
+        return lambda x: fn(x, *rest, **kwargs).square().sum()
+
+    def tangent(fn):
+        return torch.func.jvp(lambda x: fn(x, *rest, **kwargs), (x,), (torch.ones_like(x),))[1]
+
+    with pytest.warns(UserWarning, match=f"^{op.name}: there is no kernel for the derivatives of torch.func"):
+        found = torch.func.grad(total(op.fn))(x)
+    torch.testing.assert_close(found, torch.func.grad(total(op.reference))(x))
+    each = torch.stack([x, -x])
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*plain torch reference")
+        found = torch.vmap(torch.func.grad(total(op.fn)))(each)
+        torch.testing.assert_close(found[1], torch.func.grad(total(op.reference))(-x))
+        found = torch.func.grad(lambda each: torch.vmap(total(op.fn))(each).sum())(each)
+        torch.testing.assert_close(found[1], torch.func.grad(total(op.reference))(-x))
+    with pytest.warns(UserWarning, match=f"^{op.name}: there is no forward-mode derivative"):
+        found = tangent(op.fn)
+    torch.testing.assert_close(found, tangent(op.reference))
+
+
+def test_fast_path_can_be_turned_off(no_fast_path, fast_calls):
+    for op in LAYERS:
+        args, kwargs = case_of(op).make(torch.float32)
+        op.fn(*args, **kwargs)
+    assert fast_calls == [False, False]
