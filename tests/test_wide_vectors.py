@@ -1,9 +1,9 @@
 """The CPU kernels with 64-byte vectors and a bfloat16 dot product, on any processor.
 
-Few machines have AVX-512, and the kernels are written once for any width of vector, so the wide ones are compiled
-here for this machine's plain instructions (vectors wider than the processor's are split by the compiler, the dot
-product is emulated) and run through every case of every op. What this leaves to a machine that has AVX-512 are the few
-intrinsics of csrc/cpu/vector.h.
+Few machines have AVX-512, and the kernels are written once for any width of vector, so the wide ones are
+compiled here for this machine's plain instructions (the compiler splits vectors wider than the processor's, the
+dot product is emulated) and run through every case of every op. What this leaves to a machine that has AVX-512
+are the few intrinsics of csrc/cpu/vector.h.
 """
 
 import importlib.util
@@ -23,7 +23,12 @@ from sparseops.testing import assert_close, expect
 
 CSRC = Path(__file__).parents[1] / "csrc"
 KERNELS = ["panel", "few_tokens", "nm24_linear", "nm24_conv", "bf16_pairs"]
-WIDE = ["-DSPARSEOPS_ISA=portable", "-DSPARSEOPS_VECTOR_BYTES=64", "-DSPARSEOPS_EMULATE_BF16_DOT", "-Wno-psabi"]
+WIDE = [
+    "-DSPARSEOPS_ISA=portable",
+    "-DSPARSEOPS_VECTOR_BYTES=64",
+    "-DSPARSEOPS_EMULATE_BF16_DOT",
+    "-Wno-psabi",
+]
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +54,8 @@ def wide(tmp_path_factory):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["f32", "bf16", "f16"])
 @pytest.mark.parametrize(
-    ("op", "case"), [pytest.param(op, case, id=f"{op.name}-{case.name}") for op in REGISTRY.values() for case in op.cases]
+    ("op", "case"),
+    [pytest.param(op, case, id=f"{op.name}-{case.name}") for op in REGISTRY.values() for case in op.cases],
 )
 def test_wide_vectors(op, case, dtype, wide, monkeypatch):
     monkeypatch.setattr(_native, "C", wide)

@@ -127,7 +127,8 @@ void linear_few_tokens(const NM24Linear& op, const Block<T>& w) {
     if (kernel.tables) arrange_tables(wide, w.columns, x + token * w.columns);
   }
   const int64_t blocks = ceil_div(w.rows, kernel.rows);
-#pragma omp parallel for num_threads(int(min(op.threads, blocks))) schedule(static)
+  const int threads = worthwhile_threads(int(min(op.threads, blocks)), op.tokens * w.rows * w.columns);
+#pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t block = 0; block < blocks; ++block) {
     const int64_t first = block * kernel.rows, rows = min(kernel.rows, w.rows - first);
     const T* values[kMaxRows];

@@ -91,6 +91,12 @@ struct Multiply<BFloat16> {
 };
 #endif
 
+// Threads that so many products of a dense weight keep busy for longer than it takes to wake them.
+inline int worthwhile_threads(int threads, int64_t products) {
+  constexpr int64_t kProductsPerThread = 1 << 20;  // 10 to 50 us
+  return int(min(threads, max(1, products / kProductsPerThread)));
+}
+
 inline int thread_number() {
 #if defined(_OPENMP)
   return omp_get_thread_num();
@@ -146,6 +152,7 @@ struct Tiling {
 // finish(sums, span, first row, rows) takes sums[row][vectors * kLanes].
 template <class T, class Pack, class Finish>
 void multiply_tiles(const Block<T>& w, int64_t positions, int threads, const Pack& pack, const Finish& finish) {
+  threads = worthwhile_threads(threads, positions * w.rows * w.columns);
   const Tiling tiling(positions, w.rows, threads);
   const int64_t chunk_rows = ceil_div(w.rows, tiling.chunks);
   const int64_t panel_floats = round_up(kPanelBytes / 4, 16);

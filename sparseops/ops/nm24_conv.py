@@ -48,9 +48,11 @@ class Geometry(NamedTuple):
 def _pair(name: str, value: Pair) -> Sequence[int]:
     if isinstance(value, int):
         return (value, value)
-    if not isinstance(value, (tuple, list)) or len(value) != 2 or not all(isinstance(n, int) for n in value):
-        raise TypeError(f"{NAME}: {name} must be an int or a pair of ints, got {value!r}")
-    return value
+    if isinstance(value, (tuple, list)) and len(value) == 2:
+        first, second = value
+        if isinstance(first, int) and isinstance(second, int):
+            return value
+    raise TypeError(f"{NAME}: {name} must be an int or a pair of ints, got {value!r}")
 
 
 def _geometry(kernel_size: Pair, stride: Pair, padding: Pair | str, dilation: Pair, groups: int) -> Geometry:
@@ -122,15 +124,9 @@ def _check(
     kernel_size, stride, padding, dilation, groups = geometry
     if x.ndim != 4:
         raise ValueError(f"{NAME}: x must have shape [N, C, H, W] or [C, H, W], got {tuple(x.shape)}")
-    for name, sizes, least in (
-        ("kernel_size", kernel_size, 1),
-        ("stride", stride, 1),
-        ("padding", padding, 0),
-        ("dilation", dilation, 1),
-    ):
-        if min(sizes) < least:
-            raise ValueError(f"{NAME}: {name} must be at least {least}, got {tuple(sizes)}")
-    channels, *spatial = x.shape[1:]
+    if min(*kernel_size, *stride, *dilation) < 1 or min(padding) < 0:
+        _refuse_size(geometry)
+    _, channels, *spatial = x.shape
     if groups < 1 or channels < 1 or channels % groups or rows % groups:
         raise ValueError(
             f"{NAME}: groups must be at least 1 and divide the channels in and out, "
@@ -159,23 +155,30 @@ def _check(
     return output[0], output[1]
 
 
+def _refuse_size(geometry: Geometry) -> None:
+    for name, least in (("kernel_size", 1), ("stride", 1), ("dilation", 1), ("padding", 0)):
+        sizes = tuple(getattr(geometry, name))
+        if min(sizes) < least:
+            raise ValueError(f"{NAME}: {name} must be at least {least}, got {sizes}")
+
+
 def _is_channels_last(x: Tensor) -> bool:
     """Whether the output is to be channels_last: what torch's memory-format rule says, also for one channel.
 
     A tensor in neither order is copied to the one whose channels stride says it was meant.
     """
-    channels, height, width = x.shape[1:]
+    _, channels, height, width = x.shape
+    _, *strides = x.stride()
     if x.is_contiguous():
         # both orders at once: torch tells them apart by the strides that sizes of 1 leave free
-        return x.stride()[1:] == (1, width * channels, channels) and not (
-            channels == 1 and height * width == 1
-        )
-    return x.is_contiguous(memory_format=torch.channels_last) or (channels > 1 and x.stride(1) == 1)
+        is_one_pixel_of_one_channel = channels == height == width == 1
+        return strides == [1, width * channels, channels] and not is_one_pixel_of_one_channel
+    return x.is_contiguous(memory_format=torch.channels_last) or (channels > 1 and strides[0] == 1)
 
 
 def _empty_output(x: Tensor, shape: tuple[int, ...], channels_last: bool) -> Tensor:
     if not channels_last:
-        return x.new_empty(shape)
+        return x.new_empty(*shape)  # sizes one by one: a tuple takes 0.6 us longer
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 

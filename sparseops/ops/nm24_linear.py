@@ -48,12 +48,16 @@ def _check(x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None, activat
     rows, packed = check_weight(NAME, x, values, meta, bias, activation)
     if x.ndim == 0:
         raise ValueError(f"{NAME}: x must have at least one dimension, got a scalar")
-    if not packed - PITCH < x.shape[-1] <= packed:
+    _check_features(x.shape[-1], packed)
+    return rows, packed
+
+
+def _check_features(features: int, packed: int) -> None:
+    if not packed - PITCH < features <= packed:
         raise ValueError(
             f"{NAME}: x must have {max(packed - PITCH + 1, 0)} to {packed} features to match values of "
-            f"{packed} packed columns, got {x.shape[-1]}"
+            f"{packed} packed columns, got {features}"
         )
-    return rows, packed
 
 
 def _as_rows(x: Tensor) -> Tensor:
@@ -69,8 +73,7 @@ def _kernel(x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None, activa
         return _kernel(_as_rows(x), values, meta, bias, activation).view(*shape[:-1], rows)
     rows, packed = check_weight(NAME, x, values, meta, bias, activation)
     tokens, features = shape
-    if not packed - PITCH < features <= packed:
-        _check(x, values, meta, bias, activation)  # says what is wrong; asked here to save a call
+    _check_features(features, packed)
     row_stride, column_stride = x.stride()
     if column_stride != 1:
         x = x.contiguous()
