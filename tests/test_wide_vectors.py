@@ -1,9 +1,9 @@
 """The CPU kernels with 64-byte vectors and a bfloat16 dot product, on any processor.
 
 Few machines have AVX-512, and the kernels are written once for any width of vector, so the wide ones are
-compiled here for this machine's plain instructions (the compiler splits vectors wider than the processor's, the
-dot product is emulated) and run through every case of every op. What this leaves to a machine that has AVX-512
-are the few intrinsics of csrc/cpu/vector.h.
+compiled here for this machine's plain instructions (the compiler splits vectors wider than the processor's,
+the dot product is emulated) and run through every case of every op. What this leaves to a machine that has
+AVX-512 are the few intrinsics of csrc/cpu/vector.h.
 """
 
 import importlib.util
