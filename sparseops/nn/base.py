@@ -102,7 +102,8 @@ class SparseModule(nn.Module):
     ) -> None:
         """``__init__`` of the subclasses: a new dense layer of these arguments, pruned by magnitude."""
         super().__init__()
-        device = torch.device(device) if device is not None else torch.get_default_device()
+        # Not torch.get_default_device(): torch 2.6's does not see `with torch.device(...)`.
+        device = torch.device(device) if device is not None else torch.empty(0).device
         # On the meta device there is no data to prune, so the shapes are found on the CPU.
         host = torch.device("cpu") if device.type == "meta" else device
         layer = self.dense_class(*args, device=host, dtype=dtype, **options)
