@@ -1,12 +1,14 @@
-"""What all tests share: poisoned memory, a fixed seed, a run per instruction set, hypothesis' profile."""
+"""What tests share: poisoned memory, a seed, a run per instruction set, hypothesis' profile, calls of ops."""
 
 from collections.abc import Iterator
 
 import hypothesis
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparseops import _native, env
+from sparseops.ops import REGISTRY
 
 # no example database and no clock: every run tries the same examples
 hypothesis.settings.register_profile("sparseops", derandomize=True, deadline=None, database=None)
@@ -39,3 +41,47 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     module.cpu_use_isa(request.param)
     yield request.param
     module.cpu_use_isa(before)
+
+
+DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
+CASES = [pytest.param(op, case, id=f"{op.name}-{case.name}") for op in REGISTRY.values() for case in op.cases]
+LAYERS = [REGISTRY["nm24_linear"], REGISTRY["nm24_conv"]]
+
+every_case = pytest.mark.parametrize(("op", "case"), CASES)
+every_dtype = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+every_layer = pytest.mark.parametrize("op", LAYERS, ids=lambda op: op.name)
+
+
+def layout(y):
+    return y.shape, y.stride(), y.dtype
+
+
+def case_of(op, name="tail"):
+    return next(case for case in op.cases if case.name == name)
+
+
+class Dispatched(TorchDispatchMode):
+    """Records the calls of our ops that come through the dispatcher."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "sparseops":
+            self.calls.append((func, args))
+        return func(*args, **(kwargs or {}))
+
+
+class Wrapper(torch.nn.Module):
+    """An op with all but its first argument as state."""
+
+    def __init__(self, op, args, kwargs):
+        super().__init__()
+        self.op, self.kwargs = op, kwargs
+        self.values = torch.nn.Parameter(args[1])
+        self.register_buffer("columns", args[2])
+        self.bias = None if args[3] is None else torch.nn.Parameter(args[3])
+
+    def forward(self, x):
+        return self.op.fn(x, self.values, self.columns, self.bias, **self.kwargs)

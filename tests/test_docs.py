@@ -19,8 +19,8 @@ PAGES = [
     *(f"docs/{p.name}" for p in (TREE / "docs").glob("*.md")),
 ]
 VARIABLE = re.compile(r"[A-Z][A-Z0-9_]+[A-Z0-9]")
-READERS = ("sparseops/env.py", "build_backend/toolchain.py")
-"""The two modules that read the environment."""
+READERS = ("sparseops/env.py", "build_backend/toolchain.py", "build_backend/ninja_file.py")
+"""The modules that say which variables are read."""
 NOT_READ = {"PATH", "OMP_NUM_THREADS"}
 """Named in docs/env.md, read by others."""
 
@@ -42,7 +42,7 @@ def _code() -> dict[Path, str]:
 
 
 def _in_strings(code: str) -> set[str]:
-    return {name for name in re.findall(r'"([^"\s]+)"', code) if VARIABLE.fullmatch(name)}
+    return {name for name in re.findall(r"""["']([^"'\s]+)["']""", code) if VARIABLE.fullmatch(name)}
 
 
 def _documented() -> set[str]:

@@ -174,17 +174,17 @@ def test_nm24_to_dense(arguments, error, match, path):
         nm24_to_dense(*arguments)
 
 
-@pytest.mark.parametrize("name", ["values", "meta", "bias"])
+@pytest.mark.parametrize("name", ["x", "values", "meta", "bias"])
 def test_every_tensor_on_one_device(name, path):
-    for fn, weight in ((linear, WEIGHT), (conv, KERNEL)):
-        elsewhere = {"values": weight.values, "meta": weight.meta, "bias": BIAS}[name].to("meta")
-        with pytest.raises(
-            ValueError, match=rf"^nm24_.*: {name} must be on the device of x \(cpu\), got meta"
-        ):
-            fn(**{name: elsewhere})
-    with pytest.raises(
-        ValueError, match=r"^nm24_to_dense: meta must be on the device of values \(cpu\), got meta"
-    ):
+    rule = "values must be on the device of x (meta), got cpu"
+    if name != "x":
+        rule = f"{name} must be on the device of x (cpu), got meta"
+    for fn, x, weight in ((linear, X, WEIGHT), (conv, IMAGE, KERNEL)):
+        tensors = {"x": x, "values": weight.values, "meta": weight.meta, "bias": BIAS}
+        with pytest.raises(ValueError, match=f"^nm24_.*: {re.escape(rule)}"):
+            fn(**{name: tensors[name].to("meta")})
+    rule = re.escape("meta must be on the device of values (cpu), got meta")
+    with pytest.raises(ValueError, match=f"^nm24_to_dense: {rule}"):
         nm24_to_dense(WEIGHT.values, WEIGHT.meta.to("meta"))
 
 

@@ -93,22 +93,22 @@ void multiply_transposed(const T* const* values, const uint8_t* const* meta, int
     store(out + token * kLanes, kChains == 2 ? sum[token][0] + sum[token][kChains - 1] : sum[token][0]);
 }
 
-// out[token][row] for `rows` rows at once, x prepared as the kernel wants it.
+// out[token][row] for `tokens` tokens and `rows` rows at once, x prepared as the kernel wants it.
 template <class T>
 struct Kernel {
   void (*run)(const T* const* values, const uint8_t* const* meta, int64_t columns, const float* x, float* out);
-  int rows;
+  int tokens, rows;
   bool tables;
 };
 
 // The fewest tokens, out of those compiled, that hold so many.
 template <class T>
 Kernel<T> kernel_for(int64_t tokens) {
-  if (tokens == 1) return {multiply_values<1, T>, kRows, true};
-  if (tokens == 2) return {multiply_values<2, T>, kRows, true};
-  if (tokens <= 4) return {multiply_transposed<4, T>, kLanes, false};
-  if (tokens <= 6) return {multiply_transposed<6, T>, kLanes, false};
-  return {multiply_transposed<8, T>, kLanes, false};
+  if (tokens == 1) return {multiply_values<1, T>, 1, kRows, true};
+  if (tokens == 2) return {multiply_values<2, T>, 2, kRows, true};
+  if (tokens <= 4) return {multiply_transposed<4, T>, 4, kLanes, false};
+  if (tokens <= 6) return {multiply_transposed<6, T>, 6, kLanes, false};
+  return {multiply_transposed<8, T>, 8, kLanes, false};
 }
 
 }  // namespace
@@ -116,14 +116,15 @@ Kernel<T> kernel_for(int64_t tokens) {
 template <class T>
 void linear_few_tokens(const NM24Linear& op, const Block<T>& w) {
   const Kernel<T> kernel = kernel_for<T>(op.tokens);
-  const Scratch memory((kFewTokens + 1) * w.columns);
+  const Scratch memory((kernel.tokens + 1) * w.columns);
   float* const x = memory.data();
-  float* const wide = x + kFewTokens * w.columns;
-  for (int64_t token = 0; token < kFewTokens; ++token) {
+  float* const wide = x + kernel.tokens * w.columns;
+  for (int64_t token = 0; token < kernel.tokens; ++token) {
     const T* in = static_cast<const T*>(op.x) + token * op.x_stride;
     float* out = kernel.tables ? wide : x + token * w.columns;
-    for (int64_t column = 0; column < w.columns; ++column)
-      out[column] = token < op.tokens && column < op.in_features ? to_float(in[column]) : 0.0f;
+    const int64_t real = token < op.tokens ? op.in_features : 0;
+    for (int64_t column = 0; column < real; ++column) out[column] = to_float(in[column]);
+    for (int64_t column = real; column < w.columns; ++column) out[column] = 0.0f;
     if (kernel.tables) arrange_tables(wide, w.columns, x + token * w.columns);
   }
   const int64_t blocks = ceil_div(w.rows, kernel.rows);

@@ -152,6 +152,7 @@ struct Tiling {
 // finish(sums, span, first row, rows) takes sums[row][vectors * kLanes].
 template <class T, class Pack, class Finish>
 void multiply_tiles(const Block<T>& w, int64_t positions, int threads, const Pack& pack, const Finish& finish) {
+  if (positions == 0 || w.rows == 0) return;
   threads = worthwhile_threads(threads, positions * w.rows * w.columns);
   const Tiling tiling(positions, w.rows, threads);
   const int64_t chunk_rows = ceil_div(w.rows, tiling.chunks);

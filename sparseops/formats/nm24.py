@@ -61,12 +61,16 @@ def packed_cols(shape: tuple[int, ...] | torch.Size) -> int:
 
 def pack_columns(w: Tensor) -> Tensor:
     """Dense weight [O, K], [O, C, L] or [O, C, R, S] as rows of packed columns [O, P]; differentiable."""
-    rows, channels = w.shape[:2]
     taps = w.flatten(2).transpose(1, 2) if w.ndim > 2 else w.unsqueeze(1)
-    # contiguous first: a pad of a strided tensor by nothing returns other strides than its fake promises
-    taps = torch.nn.functional.pad(taps.contiguous(), (0, round_up(channels, GROUP) - channels))
-    packed = taps.reshape(rows, taps.shape[1] * taps.shape[2])
-    return torch.nn.functional.pad(packed, (0, packed_cols(w.shape) - packed.shape[1]))
+    taps = _pad(taps, round_up(taps.shape[2], GROUP))
+    return _pad(taps.reshape(taps.shape[0], taps.shape[1] * taps.shape[2]), packed_cols(w.shape))
+
+
+def _pad(w: Tensor, columns: int) -> Tensor:
+    """``w`` with zeros behind its last dimension; itself if there is nothing to add, since torch's own pad by
+    nothing copies, to other strides than its fake promises."""
+    missing = columns - w.shape[-1]
+    return torch.nn.functional.pad(w, (0, missing)) if missing else w
 
 
 def unpack_columns(packed: Tensor, shape: tuple[int, ...] | torch.Size) -> Tensor:
@@ -190,7 +194,7 @@ class NM24:
         if prune not in (None, "magnitude"):
             raise ValueError(f'NM24.from_dense: prune must be None or "magnitude", got {prune!r}')
         shape = tuple(w.shape)
-        packed = pack_columns(w.detach().resolve_neg())
+        packed = pack_columns(w.detach())
         groups = _groups(packed)
         crowded = (groups != 0).sum(-1) > 2
         is_pruned = bool(crowded.any())

@@ -163,17 +163,19 @@ def _refuse_size(geometry: Geometry) -> None:
 
 
 def _is_channels_last(x: Tensor) -> bool:
-    """Whether the output is to be channels_last: what torch's memory-format rule says, also for one channel.
+    """Whether the output is to be channels_last: by the strides of ``x``, ambiguous ones are contiguous.
 
-    A tensor in neither order is copied to the one whose channels stride says it was meant.
+    The rule is torch's own, ``is_channels_last_strides_2d`` in c10/core/MemoryFormat.h.
     """
-    _, channels, height, width = x.shape
-    _, *strides = x.stride()
-    if x.is_contiguous():
-        # both orders at once: torch tells them apart by the strides that sizes of 1 leave free
-        is_one_pixel_of_one_channel = channels == height == width == 1
-        return strides == [1, width * channels, channels] and not is_one_pixel_of_one_channel
-    return x.is_contiguous(memory_format=torch.channels_last) or (channels > 1 and strides[0] == 1)
+    sizes, strides = x.shape, x.stride()
+    least = 0
+    if strides[1] == 0:
+        return False
+    for dim in (1, 3, 2, 0):
+        if strides[dim] < least or (dim == 0 and least == strides[1]):
+            return False
+        least = strides[dim] * sizes[dim]
+    return True
 
 
 def _empty_output(x: Tensor, shape: tuple[int, ...], channels_last: bool) -> Tensor:

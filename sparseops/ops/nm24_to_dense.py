@@ -120,6 +120,9 @@ def nm24_to_dense(values: Tensor, meta: Tensor) -> Tensor:
         TypeError: values is not floating point or meta is not uint8.
         ValueError: the shapes or devices do not fit together.
     """
+    if reason := registry.transform_reason():
+        registry.fall_back(NAME, reason)
+        return nm24_to_dense_reference(values, meta)
     return _op(values, meta)
 
 
