@@ -17,7 +17,8 @@ def _load() -> tuple[ModuleType | None, str | None]:
     """The built module and None, or None and one sentence that says why it cannot be used."""
     package = Path(__file__).resolve().parent
     found = importlib.util.find_spec("sparseops._C")
-    if found is None:
+    # An editable install's import hook offers the module of its own tree to every tree.
+    if found is None or found.origin is None or Path(found.origin).resolve().parent != package:
         if (package.parent / "csrc").is_dir():
             return None, (
                 f"the source tree at {package.parent} has no built module: "

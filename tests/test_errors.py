@@ -310,6 +310,14 @@ def test_why_there_is_no_module(monkeypatch):
     assert "has no built module" in reason and "pip install" in reason
 
 
+def test_the_module_of_another_tree_is_not_taken(monkeypatch, tmp_path):
+    found = SimpleNamespace(origin=str(tmp_path / "sparseops" / "_C.so"))
+    monkeypatch.setattr(_native.importlib.util, "find_spec", lambda name: found)
+    module, reason = _native._load()
+    assert module is None
+    assert "has no built module" in reason
+
+
 def test_why_the_module_cannot_be_imported(monkeypatch):
     def broken(name):
         raise ImportError("undefined symbol: x")
