@@ -20,25 +20,43 @@ T* at(Pointer p) {
 }
 
 void nm24_linear(Pointer x, int64_t x_stride, Pointer values, Pointer meta, Pointer bias, Pointer y, int64_t tokens,
-                 int64_t in_features, int64_t out_features, int64_t packed_cols, int dtype, int activation, int threads) {
+                 int64_t in_features, int64_t out_features, int64_t packed_cols, int dtype, int activation,
+                 int threads) {
   const py::gil_scoped_release release;
-  cpu_nm24_linear({at(x), x_stride, {at(values), at<uint8_t>(meta), out_features, packed_cols}, at(bias), at(y), tokens,
-                   in_features, DType(dtype), Activation(activation), threads});
+  cpu_nm24_linear({at(x),
+                   x_stride,
+                   {at(values), at<uint8_t>(meta), out_features, packed_cols},
+                   at(bias),
+                   at(y),
+                   tokens,
+                   in_features,
+                   DType(dtype),
+                   Activation(activation),
+                   threads});
 }
 
 void nm24_conv(Pointer x, Pointer values, Pointer meta, Pointer bias, Pointer y, int64_t batch, int64_t channels,
                int64_t height, int64_t width, int64_t out_channels, int64_t out_height, int64_t out_width,
-               int64_t packed_cols, int64_t kernel_h, int64_t kernel_w, int64_t stride_h, int64_t stride_w, int64_t pad_top,
-               int64_t pad_left, int64_t dilation_h, int64_t dilation_w, int64_t groups, bool channels_last, int dtype,
-               int activation, int threads) {
+               int64_t packed_cols, int64_t kernel_h, int64_t kernel_w, int64_t stride_h, int64_t stride_w,
+               int64_t pad_top, int64_t pad_left, int64_t dilation_h, int64_t dilation_w, int64_t groups,
+               bool channels_last, int dtype, int activation, int threads) {
   const py::gil_scoped_release release;
-  cpu_nm24_conv({at(x), {at(values), at<uint8_t>(meta), out_channels, packed_cols}, at(bias), at(y), batch, channels, height,
-                 width, out_height, out_width, kernel_h, kernel_w, stride_h, stride_w, pad_top, pad_left, dilation_h,
-                 dilation_w, groups, channels_last, DType(dtype), Activation(activation), threads});
+  cpu_nm24_conv({at(x),        {at(values), at<uint8_t>(meta), out_channels, packed_cols},
+                 at(bias),     at(y),
+                 batch,        channels,
+                 height,       width,
+                 out_height,   out_width,
+                 kernel_h,     kernel_w,
+                 stride_h,     stride_w,
+                 pad_top,      pad_left,
+                 dilation_h,   dilation_w,
+                 groups,       channels_last,
+                 DType(dtype), Activation(activation),
+                 threads});
 }
 
-void nm24_to_dense_cuda(Pointer values, Pointer meta, Pointer dense, int64_t rows, int64_t packed_cols, int element_size,
-                        int device, Pointer stream) {
+void nm24_to_dense_cuda(Pointer values, Pointer meta, Pointer dense, int64_t rows, int64_t packed_cols,
+                        int element_size, int device, Pointer stream) {
   const py::gil_scoped_release release;
   const NM24Weight weight{at(values), at<uint8_t>(meta), rows, packed_cols};
   if (const char* error = cuda_nm24_to_dense(weight, at(dense), element_size, device, at(stream)))
@@ -49,8 +67,8 @@ const char* const kIsas[] = {"portable", "avx2", "avx512", "avx512_bf16"};
 
 void use_isa(const std::string& name) {
   if (!cpu_supports(name.c_str()))
-    throw py::value_error("cpu_use_isa: name must be an instruction set that was built and that this processor has, got " +
-                          name);
+    throw py::value_error(
+        "cpu_use_isa: name must be an instruction set that was built and that this processor has, got " + name);
   cpu_use_isa(name.c_str());
 }
 

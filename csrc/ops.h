@@ -49,10 +49,10 @@ struct NM24Conv {
 // CPU. The instruction set is chosen once, at run time, from those that were built and the processor has.
 void cpu_nm24_linear(const NM24Linear& op);
 void cpu_nm24_conv(const NM24Conv& op);
-const char* cpu_isa();                  // the one in use: "portable", "avx2", "avx512", "avx512_bf16"
+const char* cpu_isa();  // the one in use: "portable", "avx2", "avx512", "avx512_bf16"
 bool cpu_built(const char* isa);
-bool cpu_supports(const char* isa);      // built, and the processor has it
-void cpu_use_isa(const char* isa);      // precondition: cpu_supports(isa)
+bool cpu_supports(const char* isa);  // built, and the processor has it
+void cpu_use_isa(const char* isa);   // precondition: cpu_supports(isa)
 
 // CUDA. Functions return null, or a text that lives for the whole process. `stream` is a cudaStream_t.
 struct CudaInfo {

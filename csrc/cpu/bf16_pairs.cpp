@@ -71,7 +71,8 @@ void multiply(const Block<BFloat16>& w, const float* pairs, float* sums, bool fi
 
 }  // namespace
 
-void Multiply<BFloat16>::run(int vectors, const Block<BFloat16>& w, float* panel, float* pairs, float* sums, bool first) {
+void Multiply<BFloat16>::run(int vectors, const Block<BFloat16>& w, float* panel, float* pairs, float* sums,
+                             bool first) {
   using Kernel = void (*)(const Block<BFloat16>&, const float*, float*, bool);
   static constexpr Kernel kKernels[kMaxVectors] = {multiply<1>, multiply<2>, multiply<3>, multiply<4>,
                                                    multiply<5>, multiply<6>, multiply<7>, multiply<8>};

@@ -29,7 +29,8 @@ void arrange_tables(const float* x, int64_t columns, float* tables) {
 
 // out[token][row] = the product of a row with the tables of a token.
 template <int kTokens, class T>
-void multiply_values(const T* const* values, const uint8_t* const* meta, int64_t columns, const float* tables, float* out) {
+void multiply_values(const T* const* values, const uint8_t* const* meta, int64_t columns, const float* tables,
+                     float* out) {
   Words shifts;
   for (int lane = 0; lane < kLanes; ++lane) shifts[lane] = 2 * lane;
   Vec sum[kTokens][kRows] = {};
@@ -69,7 +70,8 @@ inline Indices load_words(const uint8_t* const* meta, int64_t byte) {
 
 // out[token][row] = the product of kLanes rows with x[token][columns].
 template <int kTokens, class T>
-void multiply_transposed(const T* const* values, const uint8_t* const* meta, int64_t columns, const float* x, float* out) {
+void multiply_transposed(const T* const* values, const uint8_t* const* meta, int64_t columns, const float* x,
+                         float* out) {
   constexpr int kChains = kTokens <= 4 ? 2 : 1;  // independent sums for the latency of the multiply-add
   Vec sum[kTokens][kChains] = {};
   for (int64_t column = 0; column < columns; column += 32) {

@@ -52,12 +52,14 @@ inline void copy_run(const float* in, int64_t length, float* out) {
 inline void pack_pixels(const NM24Conv& op, const Planes& layout, const float* planes, float* panel, const Span& span,
                         int64_t column, int64_t columns) {
   const Runs runs(op, layout, span);
-  const int64_t taps = op.kernel_h * op.kernel_w, channels = op.channels / op.groups, tap_columns = round_up(channels, 4);
+  const int64_t taps = op.kernel_h * op.kernel_w, channels = op.channels / op.groups,
+                tap_columns = round_up(channels, 4);
   const int64_t pitch = span.vectors * kLanes;
   const float* const end = panel + columns * pitch;
   for (int64_t tap = column / tap_columns, channel = column % tap_columns; panel < end; ++tap, channel = 0) {
     const int64_t r = tap / op.kernel_w, s = tap % op.kernel_w;
-    const float* in = planes + channel * layout.floats() + layout.row(r * op.dilation_h) + layout.column(s * op.dilation_w);
+    const float* in =
+        planes + channel * layout.floats() + layout.row(r * op.dilation_h) + layout.column(s * op.dilation_w);
     for (; channel < tap_columns && panel < end; ++channel, in += layout.floats(), panel += pitch) {
       int64_t position = 0;
       if (tap < taps && channel < channels) {
@@ -115,8 +117,8 @@ void convolve(const NM24Conv& op) {
 // A 1x1 kernel over pixels whose channels lie together is the linear layer.
 bool is_linear(const NM24Conv& op) {
   return (op.channels_last || op.height * op.width == 1) && op.groups == 1 && op.kernel_h * op.kernel_w == 1 &&
-         op.out_height == op.height && op.out_width == op.width && op.stride_h == 1 && op.stride_w == 1 && op.pad_top == 0 &&
-         op.pad_left == 0;
+         op.out_height == op.height && op.out_width == op.width && op.stride_h == 1 && op.stride_w == 1 &&
+         op.pad_top == 0 && op.pad_left == 0;
 }
 
 void nm24_conv(const NM24Conv& op) {

@@ -27,7 +27,8 @@ void pack_tokens(const NM24Linear& op, float* panel, const Span& span, int64_t c
       for (int i = 0; i < 4; ++i) store(panel + (k + i) * pitch + token, q[i]);
     }
     for (; k < columns; ++k)
-      for (int lane = 0; lane < kLanes; ++lane) panel[k * pitch + token + lane] = k < real ? to_float(rows[lane][k]) : 0.0f;
+      for (int lane = 0; lane < kLanes; ++lane)
+        panel[k * pitch + token + lane] = k < real ? to_float(rows[lane][k]) : 0.0f;
   }
 }
 

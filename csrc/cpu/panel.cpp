@@ -64,8 +64,8 @@ void multiply(const Block<float>& w, const float* panel, float* sums, bool first
 
 void multiply(int vectors, const Block<float>& w, const float* panel, float* sums, bool first) {
   using Kernel = void (*)(const Block<float>&, const float*, float*, bool);
-  static constexpr Kernel kKernels[kMaxVectors] = {
-      multiply<1>, multiply<2>, multiply<3>, multiply<4>, multiply<5>, multiply<6>, multiply<7>, multiply<8>};
+  static constexpr Kernel kKernels[kMaxVectors] = {multiply<1>, multiply<2>, multiply<3>, multiply<4>,
+                                                   multiply<5>, multiply<6>, multiply<7>, multiply<8>};
   kKernels[vectors - 1](w, panel, sums, first);
 }
 

@@ -50,7 +50,8 @@ inline void put_columns(const Planes& planes, float* row, int64_t column, const 
 
 // Planes of `channels` channels from `channel` on, of one image.
 template <class T>
-void stage_contiguous(const NM24Conv& op, const Planes& planes, const T* image, int64_t channel, int64_t channels, float* out) {
+void stage_contiguous(const NM24Conv& op, const Planes& planes, const T* image, int64_t channel, int64_t channels,
+                      float* out) {
   constexpr int64_t kPiece = 256;
   for (int64_t c = 0; c < channels; ++c)
     for (int64_t row = 0; row < planes.rows; ++row) {
@@ -67,7 +68,8 @@ void stage_contiguous(const NM24Conv& op, const Planes& planes, const T* image, 
 }
 
 template <class T>
-void stage_channels_last(const NM24Conv& op, const Planes& planes, const T* image, int64_t channel, int64_t channels, float* out) {
+void stage_channels_last(const NM24Conv& op, const Planes& planes, const T* image, int64_t channel, int64_t channels,
+                         float* out) {
   for (int64_t row = 0; row < planes.rows; ++row) {
     const int64_t y = row - op.pad_top;
     if (y < 0 || y >= op.height) continue;
