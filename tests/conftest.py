@@ -1,4 +1,5 @@
-"""What tests share: poisoned memory, a seed, a run per instruction set, hypothesis' profile, calls of ops."""
+"""What tests share: poisoned memory, a seed, a run per instruction set, hypothesis' profile, calls of ops,
+and what a failed conversion must leave alone."""
 
 from collections.abc import Iterator
 
@@ -58,6 +59,26 @@ def layout(y):
 
 def case_of(op, name="tail"):
     return next(case for case in op.cases if case.name == name)
+
+
+def state(model):
+    """Everything about a model that a failed conversion must not touch."""
+    return (
+        {name: (id(module), module.training) for name, module in model.named_modules(remove_duplicate=False)},
+        {name: (id(tensor), tensor._version) for name, tensor in model.state_dict(keep_vars=True).items()},
+        {name: value.clone() for name, value in model.state_dict().items()},
+        {name: sorted(vars(module)) for name, module in model.named_modules()},
+    )
+
+
+def assert_untouched(model, before):
+    after = state(model)
+    assert after[0] == before[0]
+    assert after[1] == before[1]
+    assert after[2].keys() == before[2].keys()
+    for name, value in after[2].items():
+        torch.testing.assert_close(value, before[2][name], rtol=0, atol=0, equal_nan=True)
+    assert after[3] == before[3]
 
 
 class Dispatched(TorchDispatchMode):

@@ -7,6 +7,7 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import assert_untouched, state
 from torch import nn
 
 import sparseops
@@ -52,26 +53,6 @@ def x():
 def always_faster(monkeypatch):
     """Pretend that sparse layers take half the time: no test may depend on how busy the machine is."""
     monkeypatch.setattr(_measure, "_alternate", lambda dense, sparse, device: (2.0, 1.0))
-
-
-def state(model):
-    """Everything about a model that a failed conversion must not touch."""
-    return (
-        {name: (id(module), module.training) for name, module in model.named_modules(remove_duplicate=False)},
-        {name: (id(tensor), tensor._version) for name, tensor in model.state_dict(keep_vars=True).items()},
-        {name: value.clone() for name, value in model.state_dict().items()},
-        {name: sorted(vars(module)) for name, module in model.named_modules()},
-    )
-
-
-def assert_untouched(model, before):
-    after = state(model)
-    assert after[0] == before[0]
-    assert after[1] == before[1]
-    assert after[2].keys() == before[2].keys()
-    for name, value in after[2].items():
-        torch.testing.assert_close(value, before[2][name], rtol=0, atol=0, equal_nan=True)
-    assert after[3] == before[3]
 
 
 @pytest.mark.parametrize("inplace", [False, True])

@@ -15,10 +15,9 @@ from pathlib import Path
 
 import pybind11
 import pytest
-import torch
+from conftest import every_case, every_dtype
 
 from sparseops import _native
-from sparseops.ops import REGISTRY
 from sparseops.testing import assert_close, expect
 
 CSRC = Path(__file__).parents[1] / "csrc"
@@ -52,11 +51,8 @@ def wide(tmp_path_factory):
     return loaded
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["f32", "bf16", "f16"])
-@pytest.mark.parametrize(
-    ("op", "case"),
-    [pytest.param(op, case, id=f"{op.name}-{case.name}") for op in REGISTRY.values() for case in op.cases],
-)
+@every_dtype
+@every_case
 def test_wide_vectors(op, case, dtype, wide, monkeypatch):
     monkeypatch.setattr(_native, "C", wide)
     args, kwargs = case.make(dtype)
