@@ -108,7 +108,9 @@ template <class T>
 void stage(const NM24Conv& op, const Planes& planes, float* out) {
   const int64_t kChannels = 64 / int64_t(sizeof(T));  // a cache line of channels_last input
   const int64_t blocks = ceil_div(op.channels, kChannels);
-#pragma omp parallel for num_threads(op.threads) schedule(static)
+  const int64_t outputs = op.batch * op.out_height * op.out_width * op.weight.rows;
+  const int threads = worthwhile_threads(op.threads, outputs * op.weight.cols);
+#pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t task = 0; task < op.batch * blocks; ++task) {
     const int64_t image = task / blocks, channel = task % blocks * kChannels;
     const int64_t channels = min(kChannels, op.channels - channel);
