@@ -7,7 +7,7 @@
 
 namespace sparseops {
 
-enum class DType : int { f32 = 0, f16 = 1, bf16 = 2 };
+enum class DType : int { f32 = 0, f16 = 1, bf16 = 2, i8 = 3 };
 enum class Activation : int { none = 0, relu = 1, silu = 2, gelu = 3 };  // gelu is the exact one (erf)
 
 // A 2:4 weight in its canonical form (sparseops/formats/nm24.py draws the layout).
@@ -63,7 +63,87 @@ bool cuda_built();
 const char* cuda_archs();  // "80;90a", empty when built without CUDA
 CudaInfo cuda_probe();
 
+// A 2:4 weight as the GPU kernels take it: the canonical values, and the metadata in slabs of 128 columns.
+struct CudaWeight {
+  const void* values;  // [rows, cols/2], beginning at a multiple of 16 bytes
+  const void* slabs;   // [ceil(cols/128), slab_rows] slots of 16 bytes (sparseops/formats/nm24_slabs.py draws them)
+  int64_t rows;
+  int64_t cols;       // packed columns, a multiple of 32
+  int64_t slab_rows;  // the rows of each convolution group rounded up to 16, all of them to 128
+};
+
+// y[t, m] = act(sum[t, m] * x_scale[t] * w_scale[m] + bias[m] + residual[t, m])
+struct CudaEpilogue {
+  const void* bias;      // [rows] in dtype, or null
+  const void* residual;  // laid out as y, or null
+  const float* x_scale;  // [tokens], or null for 1
+  const float* w_scale;  // [rows], or null for 1
+  DType dtype;           // of bias, residual and y: f32, f16 or bf16
+  Activation activation;
+};
+
+// The shapes of an output tile, which one block of threads computes.
+enum class TileShape : int { few8 = 0, few16 = 1, small = 2, large = 3 };
+struct CudaTile {
+  const char* name;
+  int features, tokens;
+  int depth;  // 16-bit columns of one step
+};
+
+// How a call is cut into blocks, and where it runs.
+struct CudaPlan {
+  TileShape tile;
+  int splits;          // blocks that share the columns of one output tile
+  void* partials;      // splits > 1: 4 bytes for each element of each tile and split
+  uint32_t* counters;  // splits > 1: one for each tile; zero before the launch, zero again after it
+  int device;
+  void* stream;
+};
+
+// x and y begin at multiples of 16 bytes.
+struct CudaNM24Linear {
+  const void* x;     // [tokens, in_features]; rows begin at, and are, multiples of 16 bytes
+  int64_t x_stride;  // elements between tokens
+  CudaWeight weight;
+  CudaEpilogue epilogue;
+  void* y;  // [tokens, rows], contiguous
+  int64_t tokens, in_features;
+  DType dtype;  // of x and values: f16 or bf16, with an epilogue in it or in f32; i8, with any epilogue
+};
+
+struct CudaNM24Conv {
+  const void* x;  // [batch, height, width, channels], contiguous
+  CudaWeight weight;
+  CudaEpilogue epilogue;
+  void* y;                  // [batch, out_height, out_width, rows], contiguous
+  int64_t batch, channels;  // channels of all groups; those of one group are a multiple of 4
+  int64_t height, width, out_height, out_width;
+  int64_t kernel_h, kernel_w, stride_h, stride_w, pad_top, pad_left, dilation_h, dilation_w, groups;
+  DType dtype;  // f16 or bf16
+};
+
+const CudaTile* cuda_tiles(int* count);  // by TileShape
+const char* cuda_nm24_linear(const CudaNM24Linear& op, const CudaPlan& plan);
+const char* cuda_nm24_conv(const CudaNM24Conv& op, const CudaPlan& plan);
+
+// dense [rows, cols] to its values and meta: the two largest magnitudes of each group of four columns
+const char* cuda_nm24_compress(const void* dense, void* values, uint8_t* meta, int64_t rows, int64_t cols, DType dtype,
+                               int device, void* stream);
+
 // dense[m, k] of `rows` x `cols`; elements of 1, 2 or 4 bytes are copied bit for bit
 const char* cuda_nm24_to_dense(const NM24Weight& weight, void* dense, int element_size, int device, void* stream);
+
+// grad_values[m, j] = sum_t grad[t, m] * x[t, k], k the column of value j; zero where k >= in_features
+struct CudaNM24GradValues {
+  const void* grad;  // [tokens, rows]; rows of 16-byte multiples, as x
+  int64_t grad_stride;
+  const void* x;  // [tokens, in_features]
+  int64_t x_stride;
+  const uint8_t* meta;  // canonical
+  void* grad_values;    // [rows, cols/2]
+  int64_t tokens, rows, in_features, cols;
+  DType dtype;  // f16 or bf16
+};
+const char* cuda_nm24_grad_values(const CudaNM24GradValues& op, int device, void* stream);
 
 }  // namespace sparseops
