@@ -1,0 +1,183 @@
+// kernels: nm24_linear
+// nm24_linear's tile kernels, through their host code, against float64.
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cmath>
+#include <vector>
+
+#include "ops.h"
+#include "test_support.h"
+
+using namespace sparseops;
+
+namespace {
+
+template <class T>
+constexpr DType dtype_of() {
+  if constexpr (std::is_same_v<T, float>) return DType::f32;
+  if constexpr (std::is_same_v<T, __half>) return DType::f16;
+  if constexpr (std::is_same_v<T, __nv_bfloat16>) return DType::bf16;
+  return DType::i8;
+}
+
+struct Shape {
+  int rows, tokens, in_features;
+};
+
+struct Options {
+  TileShape tile = TileShape::small;
+  int splits = 1;
+  Activation activation = Activation::none;
+  bool bias = true, residual = false, scales = false;
+  int gap = 0;              // elements between rows of x
+  int misaligned_bias = 0;  // elements
+};
+
+double activated(double z, Activation activation) {
+  switch (activation) {
+    case Activation::relu:
+      return std::max(z, 0.0);
+    case Activation::silu:
+      return z / (1 + std::exp(-z));
+    case Activation::gelu:
+      return z * (1 + std::erf(z * std::sqrt(0.5))) / 2;
+    default:
+      return z;
+  }
+}
+
+template <class T, class out_t>
+void linear(const Shape& shape, const Options& options) {
+  const int64_t rows = shape.rows, tokens = shape.tokens, columns = shape.in_features;
+  const int64_t stride = columns + options.gap, cols = (columns + 31) / 32 * 32;
+  emu::Random random(rows * 1000003 + tokens * 1009 + columns);
+  const emu::Weight<T> w(rows, cols, random);
+  emu::Buffer<T> x(tokens ? (tokens - 1) * stride + columns : 0);  // NaN in the gaps
+  for (int64_t t = 0; t < tokens; ++t)
+    for (int64_t k = 0; k < columns; ++k) x[t * stride + k] = random.number<T>();
+  const emu::Buffer<out_t> bias = random.normal<out_t>(rows + options.misaligned_bias);
+  const emu::Buffer<out_t> residual = random.normal<out_t>(rows * tokens);
+  emu::Buffer<float> x_scale(tokens), w_scale(rows);
+  for (int64_t t = 0; t < tokens; ++t) x_scale[t] = 0.001f * static_cast<float>(1 + random.below(100));
+  for (int64_t m = 0; m < rows; ++m) w_scale[m] = 0.001f * static_cast<float>(1 + random.below(100));
+  emu::Buffer<out_t> y(rows * tokens);
+
+  int count = 0;
+  const CudaTile& tile = cuda_tiles(&count)[static_cast<int>(options.tile)];
+  const int64_t tiles = (rows + tile.features - 1) / tile.features * ((tokens + tile.tokens - 1) / tile.tokens);
+  const bool split = options.splits > 1;
+  emu::Buffer<float> partials(split ? tiles * options.splits * tile.features * tile.tokens : 0);
+  emu::Buffer<uint32_t> counters(split ? tiles : 0);
+  counters.fill(0);
+
+  const out_t* first_bias = bias.data() + options.misaligned_bias;
+  const CudaEpilogue epilogue{options.bias ? first_bias : nullptr,
+                              options.residual ? residual.data() : nullptr,
+                              options.scales ? x_scale.data() : nullptr,
+                              options.scales ? w_scale.data() : nullptr,
+                              dtype_of<out_t>(),
+                              options.activation};
+  const CudaWeight weight{w.values.data(), w.slabs.data(), rows, cols, w.slab_rows};
+  const CudaPlan plan{options.tile, options.splits, partials.data(), counters.data(), 0, nullptr};
+  emu::require(cuda_nm24_linear({x.data(), stride, weight, epilogue, y.data(), tokens, columns, dtype_of<T>()}, plan));
+
+  std::vector<double> expected(rows * tokens), size(rows * tokens);
+  for (int64_t t = 0; t < tokens; ++t) {
+    for (int64_t m = 0; m < rows; ++m) {
+      double sum = 0, terms = 0;
+      for (int64_t k = 0; k < columns; ++k) {
+        const double term = emu::to_double(x[t * stride + k]) * w.dense[m * cols + k];
+        sum += term;
+        terms += std::fabs(term);
+      }
+      const double scale = options.scales ? double(x_scale[t]) * w_scale[m] : 1;
+      double z = sum * scale;
+      if (options.bias) z += emu::to_double(first_bias[m]);
+      if (options.residual) z += emu::to_double(residual[t * rows + m]);
+      expected[t * rows + m] = activated(z, options.activation);
+      size[t * rows + m] = terms * scale + std::fabs(z) + 4;
+    }
+  }
+  emu::expect_close(y, expected, size);
+  for (std::size_t i = 0; i < counters.size(); ++i)
+    if (counters[i] != 0) throw emu::Error("a counter is not zero after the launch");
+}
+
+}  // namespace
+
+// Of 8-bit metadata two lanes read the same slot, while a load of 16 bytes takes a pass for every eight lanes.
+const std::vector<emu::Exception> kSharedSlots = {{"read (mainloop.cuh", "two lanes read one slot"}};
+
+int main(int argc, char** argv) {
+  emu::Tests tests(argc, argv);
+  const TileShape kSmall = TileShape::small, kLarge = TileShape::large;
+
+  // One whole tile: every line moves as few lines of memory as its bytes need.
+  for (TileShape tile : {kSmall, kLarge}) {
+    const int size = tile == kSmall ? 64 : 128;
+    tests.run("f16 one whole tile of %d", size, [=] {
+      linear<__half, __half>({size, size, 256}, {.tile = tile, .residual = true});
+      emu::expect_ideal_traffic({});
+    });
+    tests.run("f16 two splits of a tile of %d", size, [=] {
+      linear<__half, __half>({size, size, 256}, {.tile = tile, .splits = 2});
+      emu::expect_ideal_traffic({});
+    });
+    tests.run("i8 one whole tile of %d", size, [=] {
+      linear<int8_t, __half>({size, size, 256}, {.tile = tile, .scales = true});
+      emu::expect_ideal_traffic(kSharedSlots);
+    });
+    tests.run("f32 output, one whole tile of %d", size, [=] {
+      linear<__nv_bfloat16, float>({size, size, 128}, {.tile = tile});
+      emu::expect_ideal_traffic({});
+    });
+  }
+
+  // Around every number the code divides by: 4 features to a thread's store, 8 columns of a copy, 16 rows of a tile of
+  // metadata, 32 columns of a row of the weight, 64 and 128 of a step and a slab, tiles of 64 and 128.
+  for (int rows : {1, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 33, 63, 64, 65, 127, 129})
+    tests.run("f16 rows=%d", rows, [=] { linear<__half, __half>({rows, 9, 64}, {}); });
+  for (int tokens : {1, 2, 7, 8, 9, 31, 33, 63, 64, 65, 127, 129})
+    tests.run("f16 tokens=%d", tokens, [=] { linear<__half, __half>({20, tokens, 64}, {}); });
+  for (int columns : {8, 16, 24, 32, 40, 56, 64, 72, 120, 128, 136, 184, 192, 200, 256, 264, 320, 448, 520})
+    tests.run("f16 in_features=%d", columns, [=] { linear<__half, __half>({18, 10, columns}, {}); });
+  for (int columns : {16, 32, 48, 64, 112, 128, 144, 256, 272, 640})
+    tests.run("i8 in_features=%d", columns, [=] { linear<int8_t, float>({18, 10, columns}, {.scales = true}); });
+  for (int columns : {64, 128, 192, 320, 448})
+    tests.run("f16 large, in_features=%d", columns,
+              [=] { linear<__half, __half>({140, 130, columns}, {.tile = kLarge}); });
+  tests.run("i8 large", [=] { linear<int8_t, __nv_bfloat16>({140, 130, 400}, {.tile = kLarge, .scales = true}); });
+  tests.run("bf16 large", [=] { linear<__nv_bfloat16, __nv_bfloat16>({129, 127, 200}, {.tile = kLarge}); });
+  tests.run("bf16 small", [=] { linear<__nv_bfloat16, __nv_bfloat16>({66, 63, 96}, {}); });
+
+  // Nine rows of token tiles: more than are gone through together.
+  tests.run("f16 nine by two tiles", [=] { linear<__half, __half>({65, 65 * 9 - 64, 32}, {}); });
+  tests.run("f16 sixteen by three tiles", [=] { linear<__half, __half>({129, 64 * 16, 32}, {}); });
+
+  for (int splits : {2, 3, 4, 7}) {
+    tests.run("f16 splits=%d", splits, [=] { linear<__half, __half>({70, 66, 392}, {.splits = splits}); });
+    tests.run("i8 splits=%d", splits,
+              [=] { linear<int8_t, float>({70, 66, 400}, {.splits = splits, .scales = true}); });
+  }
+  tests.run("f16 large, splits=3", [=] { linear<__half, float>({130, 20, 520}, {.tile = kLarge, .splits = 3}); });
+  tests.run("f16 more splits than slabs",
+            [=] { linear<__half, __half>({16, 8, 64}, {.splits = 3, .activation = Activation::gelu}); });
+
+  for (Activation activation : {Activation::none, Activation::relu, Activation::silu, Activation::gelu}) {
+    tests.run("f16 activation=%d", static_cast<int>(activation),
+              [=] { linear<__half, __half>({19, 12, 40}, {.activation = activation}); });
+    tests.run("bf16 activation=%d with residual", static_cast<int>(activation), [=] {
+      linear<__nv_bfloat16, float>({20, 12, 40}, {.activation = activation, .bias = false, .residual = true});
+    });
+  }
+  tests.run("f16 no bias", [=] { linear<__half, __half>({19, 12, 40}, {.bias = false}); });
+  tests.run("f16 odd rows with residual", [=] { linear<__half, __half>({21, 12, 40}, {.residual = true}); });
+  for (int offset : {1, 2, 4})
+    tests.run("f16 bias that begins %d elements late", offset,
+              [=] { linear<__half, __half>({24, 9, 40}, {.misaligned_bias = offset}); });
+  tests.run("f16 rows of x lie apart", [=] { linear<__half, __half>({24, 9, 40}, {.gap = 24}); });
+  tests.run("f16 no tokens", [=] { linear<__half, __half>({24, 0, 40}, {}); });
+  tests.run("f16 no columns", [=] { linear<__half, __half>({24, 9, 0}, {}); });
+  return tests.result();
+}
