@@ -1,8 +1,14 @@
-// What every host launcher needs: the device made current for the length of a call, and errors as sentences.
+// What host launchers need: the device made current for the length of a call, errors as sentences, small checks.
 #pragma once
 #include <cuda_runtime.h>
 
+#include <cstdint>
+
 namespace sparseops {
+
+inline bool aligned(const void* pointer, uintptr_t bytes) { return reinterpret_cast<uintptr_t>(pointer) % bytes == 0; }
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // The text of a CUDA error, with the cure where one is known; null for success. Lives for the whole process.
 const char* cuda_error_text(cudaError_t error);

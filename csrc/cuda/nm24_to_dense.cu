@@ -5,12 +5,11 @@
 #include <climits>
 
 #include "cuda/device.cuh"
+#include "cuda/launch.cuh"
 #include "ops.h"
 
 namespace sparseops {
 namespace {
-
-bool aligned(const void* pointer, uintptr_t bytes) { return reinterpret_cast<uintptr_t>(pointer) % bytes == 0; }
 
 const char* refuse(const NM24Weight& weight, const void* dense, int element_size) {
   if (element_size != 1 && element_size != 2 && element_size != 4)
@@ -28,9 +27,8 @@ const char* launch_nm24_to_dense(const NM24Weight& weight, void* dense, cudaStre
   const int64_t units = weight.rows * (weight.cols / Config::kColumns);
   const int64_t blocks = (units + Config::kThreads - 1) / Config::kThreads;
   if (blocks > INT_MAX) return "nm24_to_dense: the weight must hold fewer than 2^31 blocks of 256 x 16 bytes";
-  nm24_to_dense_kernel<kElementSize>
-      <<<static_cast<unsigned>(blocks), Config::kThreads, 0, stream>>>(weight.values, weight.meta, dense, units);
-  return cuda_error_text(cudaGetLastError());
+  return cuda_error_text(launch(nm24_to_dense_kernel<kElementSize>, static_cast<unsigned>(blocks), Config::kThreads, 0,
+                                stream, weight.values, weight.meta, dense, units));
 }
 
 }  // namespace

@@ -13,8 +13,8 @@
 // it); a bad one loses a value, but nothing is ever written outside its own group.
 //
 // Bound: memory. For elements of e bytes it reads e/2 + 1/8 and writes e bytes per column.
-// State: it has not yet run on a GPU. It compiles for every architecture of the default list, and tests/test_build.py
-// runs it on the CPU, one thread after the other.
+// State: it has not yet run on a GPU. It compiles for every architecture of the default list, and tests/emulation runs
+// it on the CPU.
 #pragma once
 #include <cstdint>
 

@@ -1,0 +1,103 @@
+// archs: 80+
+// Host side of nm24_linear.cuh and nm24_few_tokens.cuh: checks what the kernels assume, makes the device current,
+// launches.
+#include "cuda/nm24_linear.cuh"
+
+#include <climits>
+#include <iterator>
+
+#include "cuda/device.cuh"
+#include "cuda/launch.cuh"
+#include "cuda/nm24_few_tokens.cuh"
+#include "ops.h"
+
+namespace sparseops {
+namespace {
+
+template <class Tile>
+constexpr CudaTile describe(const char* name) {
+  return {name, Tile::kFeatures, Tile::kTokens, Tile::kColumns};
+}
+
+constexpr CudaTile kTiles[] = {
+    {"few8", NM24FewTokens<__half, 8>::kFeatures, 8, 128},
+    {"few16", NM24FewTokens<__half, 16>::kFeatures, 16, 128},
+    describe<SmallTile<__half>>("small"),
+    describe<LargeTile<__half>>("large"),
+};
+
+const char* refuse(const CudaNM24Linear& op, const CudaPlan& plan) {
+  const bool bytes = op.dtype == DType::i8;
+  const int64_t element = bytes ? 1 : 2;
+  if (op.dtype == DType::f32) return "nm24_linear: dtype must be f16, bf16 or i8 on a GPU";
+  if (!bytes && op.epilogue.dtype != op.dtype && op.epilogue.dtype != DType::f32)
+    return "nm24_linear: y must have the dtype of x, or f32";
+  if (op.weight.rows < 0 || op.weight.cols < 0 || op.weight.cols % 32 != 0 || op.weight.slab_rows < op.weight.rows)
+    return "nm24_linear: cols must be a multiple of 32, and slabs must hold all rows";
+  if (op.in_features * element % 16 != 0 || op.x_stride * element % 16 != 0)
+    return "nm24_linear: rows of x must be, and lie apart by, multiples of 16 bytes";
+  for (const void* pointer : {op.x, op.weight.values, op.weight.slabs, static_cast<const void*>(op.y)})
+    if (!aligned(pointer, 16)) return "nm24_linear: x, values, slabs and y must begin at multiples of 16 bytes";
+  if (plan.splits < 1 || (plan.splits > 1 && !(plan.partials && plan.counters)))
+    return "nm24_linear: splits must be at least 1, and more than 1 need partials and counters";
+  if (bytes && plan.tile != TileShape::small && plan.tile != TileShape::large)
+    return "nm24_linear: tile must be small or large for 8-bit elements";
+  const CudaTile& tile = kTiles[static_cast<int>(plan.tile)];
+  if (ceil_div(op.weight.rows, tile.features) * ceil_div(op.tokens, tile.tokens) > INT_MAX || plan.splits > 65535)
+    return "nm24_linear: the output must have fewer than 2^31 tiles";
+  return nullptr;
+}
+
+// Config says how the kernel wants to be launched.
+template <class Config>
+const char* launch_nm24_linear(void (*kernel)(CudaNM24Linear, CudaPlan), const CudaNM24Linear& op,
+                               const CudaPlan& plan) {
+  const int64_t tiles = ceil_div(op.weight.rows, Config::kFeatures) * ceil_div(op.tokens, Config::kTokens);
+  const dim3 grid(static_cast<unsigned>(tiles), 1, static_cast<unsigned>(plan.splits));
+  return cuda_error_text(
+      launch(kernel, grid, Config::kThreads, Config::kSharedBytes, static_cast<cudaStream_t>(plan.stream), op, plan));
+}
+
+template <class element_t>
+const char* launch_tile(const CudaNM24Linear& op, const CudaPlan& plan) {
+  if (plan.tile == TileShape::large)
+    return launch_nm24_linear<LargeTile<element_t>>(nm24_linear_kernel<LargeTile<element_t>>, op, plan);
+  return launch_nm24_linear<SmallTile<element_t>>(nm24_linear_kernel<SmallTile<element_t>>, op, plan);
+}
+
+template <class element_t>
+const char* launch_any(const CudaNM24Linear& op, const CudaPlan& plan) {
+  switch (plan.tile) {
+    case TileShape::few8:
+      return launch_nm24_linear<NM24FewTokens<element_t, 8>>(nm24_few_tokens_kernel<element_t, 8>, op, plan);
+    case TileShape::few16:
+      return launch_nm24_linear<NM24FewTokens<element_t, 16>>(nm24_few_tokens_kernel<element_t, 16>, op, plan);
+    default:
+      return launch_tile<element_t>(op, plan);
+  }
+}
+
+}  // namespace
+
+const CudaTile* cuda_tiles(int* count) {
+  *count = static_cast<int>(std::size(kTiles));
+  return kTiles;
+}
+
+const char* cuda_nm24_linear(const CudaNM24Linear& op, const CudaPlan& plan) {
+  if (const char* refused = refuse(op, plan)) return refused;
+  if (op.weight.rows == 0 || op.tokens == 0) return nullptr;
+
+  const DeviceGuard guard(plan.device);
+  if (const char* error = cuda_error_text(guard.error())) return error;
+  switch (op.dtype) {
+    case DType::f16:
+      return launch_any<__half>(op, plan);
+    case DType::bf16:
+      return launch_any<__nv_bfloat16>(op, plan);
+    default:
+      return launch_tile<int8_t>(op, plan);
+  }
+}
+
+}  // namespace sparseops
