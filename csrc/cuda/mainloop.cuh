@@ -35,8 +35,6 @@ struct TileConfig {
   static constexpr int kWarpFeatures = kWarpFeatures_, kWarpTokens = kWarpTokens_;
   static constexpr int kWarps = kFeatures / kWarpFeatures * (kTokens / kWarpTokens);
   static constexpr int kThreads = kWarps * 32;
-  // As many threads as would fit an SM's 65536 registers with 168, or 128, for each: what ptxas is told, to stay below.
-  static constexpr int kBoundThreads = kWarps == 8 ? 384 : 512;
   static constexpr int kRowTiles = kWarpFeatures / 16, kColumnTiles = kWarpTokens / 8;  // of a warp, in instructions
   static constexpr int kFragments = kRowTiles * kColumnTiles;
 
@@ -53,6 +51,7 @@ struct TileConfig {
   static_assert(kFeatures * 4 % kThreads == 0 && kTokens * 8 % kThreads == 0, "every thread copies as much");
   static_assert(kThreads % 8 == 0, "a thread keeps its chunk from row to row");
   static_assert(kThreads >= kFeatures, "every slot of metadata has a thread to copy it");
+  static_assert(kSlabSteps <= 2, "metadata comes in slabs of one or two steps");
   static_assert(kStages >= 2, "one stage is read while another is written");
 };
 
@@ -132,10 +131,10 @@ struct WeightLoader {
   }
 };
 
-// The metadata of a slab for the row tiles of a warp. Of 16-bit elements a lane holds the four words of one slot for
-// each pair of tiles: lanes 0 and 1 of every four those of the first tile, lanes 2 and 3 those of the second, which the
-// instruction's selector tells apart. Of 8-bit elements all four lanes serve one tile, lanes 0 and 1 with the first 32
-// columns of each instruction, lanes 2 and 3 with the last.
+// The metadata of the row tiles of a warp: read once for a slab, used up step by step. Of 16-bit elements a lane holds
+// the four words of one slot for each pair of tiles: lanes 0 and 1 of every four those of the first tile, lanes 2 and 3
+// those of the second, which the instruction's selector tells apart. Of 8-bit elements all four lanes serve one tile,
+// lanes 0 and 1 with the first 32 columns of each instruction, lanes 2 and 3 with the last.
 template <class Tile>
 struct Metadata {
   static constexpr int kPairs = Tile::kRowTiles / 2;
@@ -162,10 +161,17 @@ struct Metadata {
     }
   }
 
-  // For row tile `tile` and the slab's instruction `depth`.
-  SPARSEOPS_DEVICE uint32_t word(int tile, int depth) const {
-    return words[Tile::kBytes ? tile : tile / 2][depth % kWords];
+  // On to the slab's next step, if it has one.
+  SPARSEOPS_DEVICE void advance() {
+#pragma unroll
+    for (int i = 0; i < kSlots; ++i) {
+#pragma unroll
+      for (int word = 2; word < kWords; ++word) words[i][word - 2] = words[i][word];
+    }
   }
+
+  // For row tile `tile` and the step's first or second instruction.
+  SPARSEOPS_DEVICE uint32_t word(int tile, int half) const { return words[Tile::kBytes ? tile : tile / 2][half]; }
 };
 
 template <class Tile, int kSelector>
@@ -178,10 +184,10 @@ SPARSEOPS_DEVICE void multiply(typename Tile::acc_t (&sums)[4], const uint32_t (
   }
 }
 
-// Adds the product of a stage to a warp's sums. `part` is the step's place in its slab.
+// Adds the product of a stage to a warp's sums.
 template <class Tile>
 SPARSEOPS_DEVICE void multiply_step(Fragment<typename Tile::acc_t> (&sums)[Tile::kFragments], uint32_t stage,
-                                    const Metadata<Tile>& metadata, int part, int warp_feature, int warp_token) {
+                                    const Metadata<Tile>& metadata, int warp_feature, int warp_token) {
   const unsigned lane = threadIdx.x % 32;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
@@ -198,8 +204,8 @@ SPARSEOPS_DEVICE void multiply_step(Fragment<typename Tile::acc_t> (&sums)[Tile:
       for (int m = 0; m < Tile::kRowTiles; m += 2) {
         auto& first = sums[m * Tile::kColumnTiles + n].sum;
         auto& second = sums[(m + 1) * Tile::kColumnTiles + n].sum;
-        multiply<Tile, 0>(first, a[m], b, metadata.word(m, part * 2 + half));
-        multiply<Tile, 1>(second, a[m + 1], b, metadata.word(m + 1, part * 2 + half));
+        multiply<Tile, 0>(first, a[m], b, metadata.word(m, half));
+        multiply<Tile, 1>(second, a[m + 1], b, metadata.word(m + 1, half));
       }
     }
   }
@@ -224,18 +230,14 @@ SPARSEOPS_DEVICE void multiply_tile(Fragment<typename Tile::acc_t> (&sums)[Tile:
 #pragma unroll
   for (int step = 0; step < Tile::kStages - 1; ++step) load(step);
   Metadata<Tile> metadata;
-  for (int slab = 0; slab < steps; slab += Tile::kSlabSteps) {
-#pragma unroll
-    for (int part = 0; part < Tile::kSlabSteps; ++part) {
-      const int step = slab + part;
-      if (step == steps) break;
-      ptx::cp_async_wait<Tile::kStages - 2>();
-      __syncthreads();  // this step's copies are everyone's; the stage that `load` fills was read to its end
-      load(step + Tile::kStages - 1);
-      const uint32_t stage = step % Tile::kStages * Tile::kStageBytes;
-      if (part == 0) metadata.read(shared + stage + Tile::kMetadataAt, warp_feature);
-      multiply_step<Tile>(sums, base + stage, metadata, part, warp_feature, warp_token);
-    }
+  for (int step = 0; step < steps; ++step) {
+    ptx::cp_async_wait<Tile::kStages - 2>();
+    __syncthreads();  // this step's copies are everyone's; the stage that `load` fills was read to its end
+    load(step + Tile::kStages - 1);
+    const uint32_t stage = step % Tile::kStages * Tile::kStageBytes;
+    if (step % Tile::kSlabSteps == 0) metadata.read(shared + stage + Tile::kMetadataAt, warp_feature);
+    multiply_step<Tile>(sums, base + stage, metadata, warp_feature, warp_token);
+    metadata.advance();
   }
   ptx::cp_async_wait<0>();
   __syncthreads();  // the pipeline's memory is free

@@ -28,8 +28,9 @@ struct RowLoader {
   SPARSEOPS_DEVICE void load(uint32_t to) { rows.load(to + x_at(threadIdx.x / 8, threadIdx.x % 8)); }
 };
 
+// Bounded as if by 512 threads, to 128 registers: two blocks of the large tile, four of the small one fit an SM.
 template <class Tile>
-__global__ void __launch_bounds__(Tile::kBoundThreads) nm24_linear_kernel(CudaNM24Linear op, CudaPlan plan) {
+__global__ void __launch_bounds__(512) nm24_linear_kernel(CudaNM24Linear op, CudaPlan plan) {
   const int feature_tiles = static_cast<int>((op.weight.rows + Tile::kFeatures - 1) / Tile::kFeatures);
   const int token_tiles = static_cast<int>((op.tokens + Tile::kTokens - 1) / Tile::kTokens);
   const TileIndex index(blockIdx.x, feature_tiles, token_tiles);

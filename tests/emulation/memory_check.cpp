@@ -109,6 +109,7 @@ Epoch now(Access access, const void* site) {
 }
 
 void check_shared(SharedByte& byte, std::ptrdiff_t offset, Access access, const void* site) {
+  if (byte.copy.clock) report("shared", offset, "cp.async on its way", byte.copy, word(access), site);
   const bool both_atomic = access == Access::atomic && byte.write.atomic;
   if (!both_atomic && !ordered(byte.write))
     report("shared", offset, word_of_write(byte.write), byte.write, word(access), site);
@@ -234,6 +235,18 @@ void check(const void* address, std::size_t bytes, Access access, const void* si
   if (buffer->shadow.empty()) buffer->shadow.resize(std::size_t(buffer->range.end - buffer->range.begin));
   const std::ptrdiff_t offset = a - buffer->range.begin;
   for (std::size_t i = 0; i < bytes; ++i) check_global(buffer->shadow[offset + i], offset + i, access, site);
+}
+
+void begin_copy(const void* address, std::size_t bytes, const void* site) {
+  check(address, bytes, Access::write, site);
+  SharedByte* shadow = shared_shadow.find(address, bytes);
+  for (std::size_t i = 0; shadow && i < bytes; ++i) shadow[i].copy = now(Access::write, site);
+}
+
+void end_copy(const void* address, std::size_t bytes, const void* site) {
+  SharedByte* shadow = shared_shadow.find(address, bytes);
+  for (std::size_t i = 0; shadow && i < bytes; ++i) shadow[i].copy = {};
+  check(address, bytes, Access::write, site);
 }
 
 void on_access(const void* address, std::size_t bytes, Access access, const void* site) {

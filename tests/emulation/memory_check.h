@@ -65,6 +65,9 @@ void fence();
 void relaxed_atomic(const void* address);
 
 void check(const void* address, std::size_t bytes, Access access, const void* site);  // for races
+// A cp.async's destination, from its issue to its thread's wait: nobody may touch it.
+void begin_copy(const void* address, std::size_t bytes, const void* site);
+void end_copy(const void* address, std::size_t bytes, const void* site);
 void count(const void* address, std::size_t bytes, Access access, const void* site);  // as traffic
 // As the compiler calls it: both, unless the address is none of the kernel's.
 void on_access(const void* address, std::size_t bytes, Access access, const void* site);
@@ -87,6 +90,8 @@ inline void acquire(const void*) {}
 inline void fence() {}
 inline void relaxed_atomic(const void*) {}
 inline void check(const void*, std::size_t, Access, const void*) {}
+inline void begin_copy(const void*, std::size_t, const void*) {}
+inline void end_copy(const void*, std::size_t, const void*) {}
 inline void count(const void*, std::size_t, Access, const void*) {}
 inline std::string take_races() { return {}; }
 inline std::vector<Traffic> take_traffic() { return {}; }

@@ -78,7 +78,7 @@ void cp_async(std::uint32_t dst, const void* src, unsigned bytes, unsigned src_b
   Copy copy{shared_pointer(dst, bytes, "cp.async"), {}, bytes, EMU_SITE};
   if (src_bytes) memory::check(src, src_bytes, Access::read, EMU_SITE);
   if (src_bytes) memory::count(src, src_bytes, Access::read, EMU_SITE);
-  memory::check(copy.destination, bytes, Access::write, EMU_SITE);
+  memory::begin_copy(copy.destination, bytes, EMU_SITE);
   memory::count(copy.destination, bytes, Access::write, EMU_SITE);
   std::memcpy(copy.content.data(), src, src_bytes);
   std::memset(copy.destination, 0xff, bytes);
@@ -95,7 +95,7 @@ void cp_async_wait(unsigned pending) {
   auto& groups = block().self().copy_groups;
   for (; groups.size() > pending; groups.pop_front()) {
     for (const Copy& copy : groups.front()) {
-      memory::check(copy.destination, copy.bytes, Access::write, copy.site);
+      memory::end_copy(copy.destination, copy.bytes, copy.site);
       std::memcpy(copy.destination, copy.content.data(), copy.bytes);
     }
   }
@@ -105,30 +105,36 @@ void cp_async_wait(unsigned pending) {
 
 void ldmatrix_x4(std::uint32_t (&r)[4], std::uint32_t row_address, bool transposed) {
   struct Lane {
-    std::uint16_t row[8];
+    const std::byte* row;
     std::uint32_t* r;
-  } lane{{}, r};
+  } lane{nullptr, r};
+  const void* site = EMU_SITE;
   Block& b = block();
-  b.self().site = EMU_SITE;
-  const std::byte* row = shared_pointer(row_address, 16, "ldmatrix");
-  memory::check(row, 16, Access::read, EMU_SITE);
-  memory::count(row, 16, Access::read, EMU_SITE);
-  std::memcpy(lane.row, row, 16);
+  b.self().site = site;
+  lane.row = shared_pointer(row_address, 16, "ldmatrix");
+  memory::count(lane.row, 16, Access::read, site);
+  const unsigned first = b.self().id / 32 * 32, me = b.self().id;
   b.meet(
       transposed ? "ldmatrix.trans" : "ldmatrix", ~0u, &lane,
-      [transposed](const Lanes& lanes) {
+      [=](const Lanes& lanes) {
         for (int l = 0; l < 32; ++l) {
           const int g = l / 4, t = l % 4;
+          memory::running(first + l);  // the instruction orders nothing: it is the receiver that reads
           for (int m = 0; m < 4; ++m) {
             const auto at = [&](int i, int j) {
-              return std::uint32_t{static_cast<const Lane*>(lanes[8 * m + i])->row[j]};
+              const std::byte* element = static_cast<const Lane*>(lanes[8 * m + i])->row + 2 * j;
+              memory::check(element, 2, Access::read, site);
+              std::uint16_t bits;
+              std::memcpy(&bits, element, 2);
+              return std::uint32_t{bits};
             };
             static_cast<Lane*>(lanes[l])->r[m] =
                 transposed ? at(2 * t, g) | at(2 * t + 1, g) << 16 : at(g, 2 * t) | at(g, 2 * t + 1) << 16;
           }
         }
+        memory::running(me);
       },
-      EMU_SITE);
+      site);
 }
 
 // ---- mma: PTX ISA 9.7.14.5.8, 9.7.14.6

@@ -75,6 +75,7 @@ __global__ void copy_then_read(const uint4* in, uint4* out, bool wait, Order ord
   if (wait) ptx::cp_async_wait<0>();
   wait_for_others(order);
   out[threadIdx.x] = tile[threadIdx.x ^ 64];
+  __syncthreads();
   ptx::cp_async_wait<0>();
 }
 
@@ -93,7 +94,7 @@ __global__ void copy_too_soon(const uint4* in, uint4* out, Order order) {
 void within_a_block(emu::Tests& tests) {
   emu::Buffer<int> out(kThreads);
   emu::Buffer<uint32_t> words(32);
-  emu::Buffer<uint4> in(std::vector<uint4>(kThreads, {7, 7, 7, 7})), copies(kThreads);
+  emu::Buffer<uint4> in(kThreads, {7, 7, 7, 7}), copies(kThreads);
   const auto go = [&](auto kernel, auto... arguments) {
     return [=] { emu::run(kernel, 1, kThreads, 16 * kThreads, arguments...); };
   };
@@ -235,7 +236,7 @@ __global__ void split_sum(float* partials, unsigned* counter, float* out, Protoc
 }
 
 void between_blocks(emu::Tests& tests) {
-  emu::Buffer<int> data(std::vector<int>(kThreads)), out(kThreads);
+  emu::Buffer<int> data(kThreads, 0), out(kThreads);
   emu::Buffer<uint4> vectors(kThreads / 4);
   const auto go = [&](auto kernel, unsigned blocks, auto... arguments) {
     return [=] { emu::run(kernel, blocks, kThreads, 0, arguments...); };
@@ -253,7 +254,7 @@ void between_blocks(emu::Tests& tests) {
     expect_all(out, 1);
   });
   tests.run("atomics do not race with atomics", [&] {
-    emu::Buffer<unsigned> counter(std::vector<unsigned>{0});
+    emu::Buffer<unsigned> counter(1, 0u);
     go(count_blocks, 9, counter.data(), out.data())();
     expect_all(counter, 9u);
   });
@@ -265,7 +266,7 @@ void between_blocks(emu::Tests& tests) {
   constexpr unsigned kBlocks = 5;
   const auto sum = [&](Protocol protocol) {
     emu::Buffer<float> partials(kBlocks * kThreads), result(kThreads);
-    emu::Buffer<unsigned> counter(std::vector<unsigned>{0});
+    emu::Buffer<unsigned> counter(1, 0u);
     for (int launch = 0; launch < 2; ++launch) {  // a counter that was not set back would spoil the second
       result.fill(-1);
       emu::run(split_sum, kBlocks, kThreads, 0, partials.data(), counter.data(), result.data(), protocol);

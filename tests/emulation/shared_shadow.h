@@ -10,6 +10,7 @@ namespace sparseops_emulation::memory {
 class SharedByte {
  public:
   Epoch write;
+  Epoch copy;  // a cp.async on its way here
   std::uint32_t generation = 0;  // of the block that this tells about
 
   // Reads that happened before a later read need not be kept: whoever is ordered after that one is after them too.
@@ -35,7 +36,7 @@ class SharedByte {
 
   void begin(std::uint32_t of_generation) {
     generation = of_generation;
-    write = read_ = {};
+    write = copy = read_ = {};
     if (more_) more_->clear();
   }
 

@@ -69,6 +69,7 @@ class Buffer {
     std::memset(memory_.get(), 0xff, count * sizeof(T));
     memory::watch_global(data(), count * sizeof(T));
   }
+  Buffer(std::size_t count, T value) : Buffer(count) { fill(value); }
   Buffer(const std::vector<T>& content) : Buffer(content.size()) {
     if (count_) std::memcpy(memory_.get(), content.data(), count_ * sizeof(T));
   }
