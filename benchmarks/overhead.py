@@ -36,7 +36,7 @@ def calls() -> dict[str, Callable[[], Tensor]]:
     return {
         "F.linear": lambda: F.linear(x, w),
         "nm24_linear": lambda: ops.nm24_linear(x, values, meta),
-        "nm24_linear through the dispatcher": lambda: dispatched(x, values, meta, None, "none"),
+        "nm24_linear through the dispatcher": lambda: dispatched(x, values, meta, None, None, "none"),
     }
 
 

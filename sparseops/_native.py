@@ -8,17 +8,41 @@ import importlib
 import importlib.util
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 from sparseops import env
 
 
-def _load() -> tuple[ModuleType | None, str | None]:
+class Config(NamedTuple):
+    """What the environment asks for: fast path on or off, how products on a GPU run, and whether their
+    kernels run on the CPU. ``error``: one sentence on a bad variable, and then the defaults hold."""
+
+    fast_path: bool = True
+    impl: str = "auto"
+    emulate: bool = False
+    error: str | None = None
+
+
+def _read() -> Config:
+    try:
+        env.cpu_isa()
+        return Config(env.fast_path(), env.impl(), env.emulate())
+    except ValueError as exc:
+        return Config(fast_path=False, error=str(exc))
+
+
+def _load(emulate: bool) -> tuple[ModuleType | None, str | None]:
     """The built module and None, or None and one sentence that says why it cannot be used."""
     package = Path(__file__).resolve().parent
-    found = importlib.util.find_spec("sparseops._C")
+    name = "sparseops._C_emulated" if emulate else "sparseops._C"
+    found = importlib.util.find_spec(name)
     # An editable install's import hook offers the module of its own tree to every tree.
     if found is None or found.origin is None or Path(found.origin).resolve().parent != package:
+        if emulate:
+            return None, (
+                f"{package} has no module with emulated CUDA kernels: "
+                "run `python tests/emulation/build.py module` in a source tree, or unset SPARSEOPS_EMULATE"
+            )
         if (package.parent / "csrc").is_dir():
             return None, (
                 f"the source tree at {package.parent} has no built module: "
@@ -26,32 +50,29 @@ def _load() -> tuple[ModuleType | None, str | None]:
             )
         return None, f"the installation at {package} has no built module: reinstall sparseops"
     try:
-        return importlib.import_module("sparseops._C"), None
+        return importlib.import_module(name), None
     except ImportError as exc:
         return None, f"the built module {found.origin} cannot be imported ({exc}): reinstall sparseops"
 
 
-def _configure(module: ModuleType | None) -> tuple[bool, str | None]:
-    """Apply the environment: whether the fast path is on, and one sentence on a bad variable."""
-    try:
-        isa = env.cpu_isa()
-        fast = env.fast_path()
-    except ValueError as exc:
-        return False, str(exc)
-    if module is not None and isa is not None:
+def _configure(module: ModuleType | None) -> Config:
+    """What the environment asks for, its instruction set applied to ``module``."""
+    config = _read()
+    if config.error is None and module is not None and (isa := env.cpu_isa()) is not None:
         if not module.cpu_supports(isa):
             usable = ", ".join(name for name in env.CPU_ISAS if module.cpu_supports(name))
-            return False, (
-                "SPARSEOPS_CPU_ISA must name an instruction set that was built and that this processor has "
-                f"({usable}), got {isa!r}"
+            return Config(
+                fast_path=False,
+                error="SPARSEOPS_CPU_ISA must name an instruction set that was built and that this processor "
+                f"has ({usable}), got {isa!r}",
             )
         module.cpu_use_isa(isa)
-    return fast, None
+    return config
 
 
 C: Any  # the module, or None; not ModuleType, which would hide that its functions exist
-C, error = _load()
-fast_path, config_error = _configure(C)
+C, error = _load(_read().emulate)
+fast_path, impl, emulated, config_error = _configure(C)
 
 
 def require(op: str) -> ModuleType:

@@ -15,14 +15,15 @@ from typing import IO, Any
 import torch
 
 from sparseops import _native, env
-from sparseops.ops import registry
+from sparseops.ops import cuda, registry
 
 _CPU_FLAGS = "avx2 fma avx512f avx512bw avx512vl avx512_bf16 amx_bf16 asimd sve bf16".split()
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """Whether the kernel of an op is on for a kind of device; if not, why, and what to do about it."""
+    """Whether the kernel of an op is on for a kind of device; if not, why, and what to do about it.
+    ``exists``: this version has one."""
 
     op: str
     device: str
@@ -30,11 +31,12 @@ class Kernel:
     kernel: str
     reason: str = ""
     cure: str = ""
+    exists: bool = True
 
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What ``doctor`` found. ``ok``: every op has its kernel on the CPU."""
+    """What ``doctor`` found. ``ok``: every kernel that there is for the CPU is on."""
 
     versions: dict[str, str]
     cpu: dict[str, Any]
@@ -46,7 +48,7 @@ class Diagnosis:
 
     @property
     def ok(self) -> bool:
-        return all(kernel.on for kernel in self.kernels if kernel.device == "cpu")
+        return all(kernel.on for kernel in self.kernels if kernel.device == "cpu" and kernel.exists)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data that JSON can carry."""
@@ -222,28 +224,29 @@ def _kernel(op: registry.Op, device: str) -> Kernel:
 
     # A fake tensor stands for one on a device that need not be there.
     with FakeTensorMode():
-        reason = op.supports(torch.empty((8, 16), device=device))
+        reason = op.supports(torch.empty((8, 16), dtype=op.dtype, device=device))
     if reason is not None:
-        return Kernel(op.name, device, False, "", reason, _cure(op, device, reason))
-    if device == "cpu" and ("cpu", "torch") in op.impls:
-        return Kernel(op.name, device, True, op.impls["cpu", "torch"])
-    return Kernel(op.name, device, True, _native.C.cpu_isa() if device == "cpu" and _native.C else device)
+        return Kernel(op.name, device, False, "", reason, _cure(op, device, reason), op.runs_on(device))
+    notes = [note for (kind, _), note in op.impls.items() if kind == device]
+    on_isa = any((device, isa) in op.impls for isa in env.CPU_ISAS)
+    return Kernel(op.name, device, True, registry.cpu_isa() if on_isa else notes[0])
 
 
 def _cure(op: registry.Op, device: str, reason: str) -> str:
     if reason == _native.config_error:
         return "correct or unset the variable"
-    if not any(kind == device for kind, _ in op.impls):
+    if not op.runs_on(device):
         return "none in this version; the plain torch reference runs"
-    if reason == _native.error:
-        # The sentence ends in what to do.
-        return reason.rpartition(": ")[2]
-    if _native.C is not None and device == "cuda":
+    if device == "cuda" and _native.C is not None:
         if not _native.C.build_info()["cuda"]:
             return (
                 "reinstall with SPARSEOPS_CUDA=1"
                 if torch.version.cuda
                 else "none needed: torch has no CUDA either"
             )
-        return "install or update the NVIDIA driver, and check that nvidia-smi lists the GPU"
-    return "none; the plain torch reference runs"
+        if reason == _native.C.cuda_probe()["error"]:
+            return "install or update the NVIDIA driver, and check that nvidia-smi lists the GPU"
+    if reason == cuda.DENSE_REASON:
+        return "unset SPARSEOPS_IMPL"
+    # The sentences that know a cure end in it.
+    return reason.rpartition(": ")[2] if ": " in reason else "none; the plain torch reference runs"

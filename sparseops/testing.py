@@ -8,6 +8,7 @@ missing tile of a large output pass.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 import torch
@@ -26,8 +27,9 @@ class Expected:
     Attributes:
         exact: the result in float64.
         plain: what plain torch returns in the dtype under test.
-        rounded: the size, in float64, of what is rounded to that dtype: of a result, ``|exact|``; of a
-            gradient the sum of the sizes of its terms, since torch rounds 16-bit gradients on the way.
+        rounded: the size, in float64, of what is rounded to that dtype: of a result, ``|exact|``, and with a
+            residual its size too, since torch adds it to a rounded product; of a gradient the sum of the
+            sizes of its terms, since torch rounds 16-bit gradients on the way.
         summed: the size of what is summed up in the accumulator: the sum of the sizes of the terms.
     """
 
@@ -41,7 +43,11 @@ def expect(op: Op, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Expected:
     """What ``op.fn(*args, **kwargs)`` is judged by."""
     exact = op.reference(*_double(args), **kwargs).detach()
     plain = op.reference(*_contiguous(args), **kwargs).detach()
-    return Expected(exact, plain, exact.abs(), _summed(op, args, kwargs))
+    rounded = exact.abs()
+    named = dict(zip(signature(op.fn).parameters, args, strict=False))
+    if (residual := named.get("residual")) is not None:
+        rounded = rounded + residual.double().abs()
+    return Expected(exact, plain, rounded, _summed(op, args, kwargs))
 
 
 def expect_grads(
@@ -72,7 +78,9 @@ def _double(args: Sequence[Any]) -> list[Any]:
 
 
 def _sizes(args: Sequence[Any]) -> list[Any]:
-    return [arg.double().abs() if _is_floating(arg) else arg for arg in args]
+    return [
+        arg.double().abs() if _is_floating(arg) else arg.abs() if _is_int8(arg) else arg for arg in args
+    ]
 
 
 def _contiguous(args: Sequence[Any]) -> list[Any]:
@@ -98,6 +106,10 @@ def grads(
 
 def _is_floating(arg: Any) -> bool:
     return isinstance(arg, Tensor) and arg.is_floating_point()
+
+
+def _is_int8(arg: Any) -> bool:
+    return isinstance(arg, Tensor) and arg.dtype is torch.int8
 
 
 def assert_close(actual: Tensor, expected: Expected) -> None:

@@ -10,11 +10,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparseops import _native, env
 from sparseops.ops import REGISTRY
+from sparseops.testing import assert_close, expect
 
 # no example database and no clock: every run tries the same examples
 hypothesis.settings.register_profile("sparseops", derandomize=True, deadline=None, database=None)
 hypothesis.settings.load_profile("sparseops")
 
+# where tensors lie that CUDA kernels serve, None where none does
+GPU = "cuda" if torch.cuda.is_available() else "cpu" if _native.emulated else None
+# the kind of device whose kernels tensors on the CPU are served by
+DEVICE = "cuda" if _native.emulated else "cpu"
+# a dtype that they take
+KERNEL_DTYPE = torch.float16 if _native.emulated else torch.float32
 ISAS = [isa for isa in env.CPU_ISAS if _native.C is not None and _native.C.cpu_supports(isa)]
 
 
@@ -46,15 +53,39 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
 
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 CASES = [pytest.param(op, case, id=f"{op.name}-{case.name}") for op in REGISTRY.values() for case in op.cases]
+SMOOTH_CASES = [case for case in CASES if case.values[0].differentiable]
 LAYERS = [REGISTRY["nm24_linear"], REGISTRY["nm24_conv"]]
 
 every_case = pytest.mark.parametrize(("op", "case"), CASES)
+every_smooth_case = pytest.mark.parametrize(("op", "case"), SMOOTH_CASES)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 every_layer = pytest.mark.parametrize("op", LAYERS, ids=lambda op: op.name)
 
 
 def layout(y):
+    if isinstance(y, tuple):
+        return tuple(map(layout, y))
     return y.shape, y.stride(), y.dtype
+
+
+def bits(t):
+    return t.contiguous().view(
+        {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[t.element_size()]
+    )
+
+
+def is_same(a, b):
+    """Whether two results are equal; of the op that only moves numbers, bit for bit."""
+    if isinstance(a, tuple):
+        return all(torch.equal(bits(x), bits(y)) for x, y in zip(a, b, strict=True))
+    return torch.equal(a, b)
+
+
+def assert_result(op, y, args, kwargs):
+    if isinstance(y, tuple):
+        assert is_same(y, op.reference(*args, **kwargs))
+    else:
+        assert_close(y, expect(op, args, kwargs))
 
 
 def case_of(op, name="tail"):
@@ -79,6 +110,32 @@ def assert_untouched(model, before):
     for name, value in after[2].items():
         torch.testing.assert_close(value, before[2][name], rtol=0, atol=0, equal_nan=True)
     assert after[3] == before[3]
+
+
+def moved(t, device):
+    """``t`` on another device with its strides, its place in its storage, and its negative bit."""
+    if not isinstance(t, torch.Tensor):
+        return t
+    with torch.no_grad():
+        storage = torch.empty(0, dtype=t.dtype).set_(t.untyped_storage()).to(device)
+        there = storage.as_strided(t.size(), t.stride(), t.storage_offset())
+        return torch._neg_view(there) if t.is_neg() else there
+
+
+class Native:
+    """The built module, with a note of the kernels that were called."""
+
+    def __init__(self, module):
+        self.module, self.calls = module, []
+
+    def __getattr__(self, name):
+        if name.startswith("nm24_"):
+            self.calls.append(name)
+        return getattr(self.module, name)
+
+    def taken(self):
+        calls, self.calls = self.calls, []
+        return calls
 
 
 class Dispatched(TorchDispatchMode):

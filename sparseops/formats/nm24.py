@@ -27,6 +27,7 @@ Source: the ordered metadata of ``mma.sp`` (PTX ISA 9.7, "Sparse matrix storage"
 channels of each tap is what TensorRT asks of a 2:4 convolution.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
 from typing import ClassVar
@@ -129,6 +130,18 @@ def _keep_two(groups: Tensor) -> Tensor:
     return _NIBBLE_OF_KEPT.to(groups.device)[kept.int()]
 
 
+def compress(packed: Tensor) -> tuple[Tensor, Tensor]:
+    """values [O, P/2] and meta [O, P/8] of packed columns [O, P], pruned by magnitude."""
+    nibbles = _keep_two(_groups(packed))
+    meta = (nibbles[:, 0::2] | nibbles[:, 1::2] << 4).contiguous()
+    return gather(packed, meta), meta
+
+
+compressor: Callable[[Tensor], tuple[Tensor, Tensor]] = compress
+"""What ``NM24.from_dense`` compresses with. The ops, which a format does not know, put one here that has a
+kernel."""
+
+
 def _energy_kept(values: Tensor, packed: Tensor) -> float:
     """Share of the squared finite weight that is in ``values``, in float64 and safe from overflow."""
     finite = packed.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
@@ -205,9 +218,7 @@ class NM24:
                 f'(prune="magnitude" drops the smallest), got {groups[row, group].tolist()} '
                 f"in {_where(shape, row, group)}"
             )
-        nibbles = _keep_two(groups)
-        meta = (nibbles[:, 0::2] | nibbles[:, 1::2] << 4).contiguous()
-        values = gather(packed, meta)
+        values, meta = compressor(packed)
         return cls(
             values,
             meta,

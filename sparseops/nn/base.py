@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sparseops.formats import FORMATS, SparseFormat
-from sparseops.ops import registry
+from sparseops.ops import cuda, registry
 
 Self = TypeVar("Self", bound="SparseModule")
 
@@ -90,6 +90,7 @@ class SparseModule(nn.Module):
         if bias is not None:
             self.bias = nn.Parameter(bias.detach().clone(), requires_grad=bias.requires_grad)
         self.train(layer.training)
+        self._prepare()
         return packed
 
     def _start(
@@ -137,10 +138,17 @@ class SparseModule(nn.Module):
     @property
     def kernel(self) -> str:
         """The kernel that runs for activations of this layer's dtype and device, or ``reference: <why>``."""
-        reason = self.op.supports(self.values)
-        if reason is not None:
-            return f"reference: {reason}"
-        return registry.cpu_isa() if self.values.is_cpu else self.values.device.type
+        reason = self.op.supports(self.values, **self._options())
+        return cuda.kernel_name(self.values) if reason is None else f"reference: {reason}"
+
+    def _options(self) -> dict[str, Any]:
+        """What of the layer, besides its tensors, decides whether a kernel can run."""
+        return {}
+
+    def _prepare(self) -> None:
+        """The stored tensors are others than before: let the op derive from them what its kernels want."""
+        if self.op.prepare is not None and self.op.supports(self.values, **self._options()) is None:
+            self.op.prepare(*self._tensors(), **self._options())
 
     def to_dense(self) -> nn.Module:
         """An ordinary layer with the same weight, zeros filled in; tensors of its own, same training mode."""
@@ -168,6 +176,7 @@ class SparseModule(nn.Module):
             moved = getattr(self, name)
             if moved.dtype != tensor.dtype:
                 setattr(self, name, tensor.to(moved.device))
+        self._prepare()
         return self
 
     def _load_from_state_dict(  # noqa: PLR0913
@@ -193,6 +202,7 @@ class SparseModule(nn.Module):
         super()._load_from_state_dict(
             own, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+        self._prepare()
 
     def _pack_checkpoint(self, own: dict[str, Any], prefix: str) -> None:
         """Replace the dense weight of a checkpoint by its packed tensors, patterned by its own zeros."""

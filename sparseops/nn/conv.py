@@ -95,6 +95,9 @@ class _SparseConv(SparseModule):
                 widths += [self.padding[dim]] * 2
         return F.pad(x, widths, mode=self.padding_mode), (0,) * len(self.kernel_size)
 
+    def _options(self) -> dict[str, Any]:
+        return {"groups": self.groups, "channels": self.in_channels}
+
     def _empty_dense(self, **factory: Any) -> nn.Module:
         return self.dense_class(
             self.in_channels,

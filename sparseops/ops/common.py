@@ -13,6 +13,12 @@ ACTIVATIONS = {"none": 0, "relu": 1, "silu": 2, "gelu": 3}
 """The fused activations, with their codes in csrc/ops.h. ``gelu`` is the exact one (erf)."""
 
 _UINT8 = torch.uint8
+_DENSE_GRAD_BYTES = 1 << 26
+
+
+def rows_at_once(row_bytes: int) -> int:
+    """How many rows of a weight's dense gradient are held in memory at once, where it has to be computed."""
+    return max(1, _DENSE_GRAD_BYTES // max(1, row_bytes))
 
 
 def activate(z: Tensor, activation: str) -> Tensor:
@@ -24,6 +30,11 @@ def activate(z: Tensor, activation: str) -> Tensor:
     if activation == "gelu":
         return F.gelu(z)
     return z
+
+
+def finish(z: Tensor, residual: Tensor | None, activation: str) -> Tensor:
+    """``activation`` of ``z + residual``, in plain torch."""
+    return activate(z if residual is None else z + residual, activation)
 
 
 def activation_grad(grad: Tensor, at: Tensor, activation: str) -> Tensor:
@@ -71,6 +82,21 @@ def check_weight(
     if activation not in ACTIVATIONS:
         raise ValueError(f"{op}: activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
     return rows, kept * 2
+
+
+def check_residual(op: str, x: Tensor, residual: Tensor | None, shape: tuple[int, ...]) -> None:
+    """Check what is added to an output of ``shape``.
+
+    Raises:
+        TypeError: its dtype is not that of ``x``.
+        ValueError: its shape is another one.
+    """
+    if residual is None:
+        return
+    if residual.dtype is not x.dtype:
+        raise TypeError(f"{op}: residual must have the dtype of x ({x.dtype}), got {residual.dtype}")
+    if residual.shape != shape:
+        raise ValueError(f"{op}: residual must have shape {shape}, got {tuple(residual.shape)}")
 
 
 def check_devices(op: str, first: str, **tensors: Tensor | None) -> None:

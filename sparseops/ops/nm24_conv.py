@@ -1,80 +1,51 @@
 """``nm24_conv``: 2-D convolution (cross-correlation, as torch's) with a 2:4 weight w [O, C / groups, R, S].
 
-y[n, o, p, q] = act(bias[o] + sum over c, r, s of w[o, c, r, s] * x[n, c, h, v])
+y[n, o, p, q] = act(bias[o] + residual[n, o, p, q] + sum over c, r, s of w[o, c, r, s] * x[n, c, h, v])
     h = p * stride + r * dilation - padding, v likewise from q and s; c runs over the channels of o's group
 
 ``sparseops.formats.nm24`` draws the layout of values [O, P/2] and meta [O, P/8]: columns are (r, s, c), so
 the kernel size has to be given. A 1-D convolution is one with a height of 1. In float16 and bfloat16 the
-kernels accumulate in float32 and round once.
+kernels accumulate in float32 and round once (with a residual the CPU rounds three times, as plain torch
+does).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from sparseops import _native
-from sparseops.formats.nm24 import expand, gather, pack_columns, packed_cols, unpack_columns
-from sparseops.ops import registry
+from sparseops.formats.nm24 import GROUP, expand, gather, pack_columns, round_up, unpack_columns
+from sparseops.ops import cuda, dispatch, registry
 from sparseops.ops.common import (
     ACTIVATIONS,
     activate,
     activation_grad,
     check_devices,
+    check_residual,
     check_weight,
+    finish,
     loop_vmap,
     make_bias,
     make_weight,
+    rows_at_once,
 )
+from sparseops.ops.conv_geometry import (
+    NAME,
+    Geometry,
+    Pair,
+    empty_output,
+    geometry_of,
+    is_channels_last,
+    output_size,
+    pair,
+)
+from sparseops.ops.nm24_to_dense import expanded
 
-NAME = "nm24_conv"
-
-Pair = int | Sequence[int]
-
-
-class Geometry(NamedTuple):
-    """Everything about a convolution that is not a tensor, in the order of the op's schema."""
-
-    kernel_size: Sequence[int]
-    stride: Sequence[int]
-    padding: Sequence[int]  # top, bottom, left, right
-    dilation: Sequence[int]
-    groups: int
-
-
-def _pair(name: str, value: Pair) -> Sequence[int]:
-    if isinstance(value, int):
-        return (value, value)
-    if isinstance(value, (tuple, list)) and len(value) == 2:
-        first, second = value
-        if isinstance(first, int) and isinstance(second, int):
-            return value
-    raise TypeError(f"{NAME}: {name} must be an int or a pair of ints, got {value!r}")
-
-
-def _geometry(kernel_size: Pair, stride: Pair, padding: Pair | str, dilation: Pair, groups: int) -> Geometry:
-    kernel_size = _pair("kernel_size", kernel_size)
-    stride = _pair("stride", stride)
-    dilation = _pair("dilation", dilation)
-    if not isinstance(padding, str):
-        height, width = _pair("padding", padding)
-        sides = (height, height, width, width)
-    elif padding == "valid":
-        sides = (0, 0, 0, 0)
-    elif padding != "same":
-        raise ValueError(
-            f'{NAME}: padding must be an int, a pair of ints, "same" or "valid", got {padding!r}'
-        )
-    elif stride[0] != 1 or stride[1] != 1:
-        raise ValueError(f'{NAME}: stride must be 1 with padding="same", got {tuple(stride)}')
-    else:
-        # an odd total puts the larger half at the bottom and at the right, as torch does
-        total_h, total_w = (d * (k - 1) for d, k in zip(dilation, kernel_size, strict=True))
-        sides = (total_h // 2, total_h - total_h // 2, total_w // 2, total_w - total_w // 2)
-    return Geometry(kernel_size, stride, sides, dilation, groups)
+_LEAST_GROUP_CHANNELS = 16  # of the CUDA kernel: fewer leave most of a tile idle
 
 
 def nm24_conv_reference(
@@ -82,6 +53,7 @@ def nm24_conv_reference(
     values: Tensor,
     meta: Tensor,
     bias: Tensor | None = None,
+    residual: Tensor | None = None,
     *,
     kernel_size: Pair,
     stride: Pair = 1,
@@ -91,97 +63,59 @@ def nm24_conv_reference(
     activation: str = "none",
 ) -> Tensor:
     """Plain torch: expand the weight and call ``F.conv2d``."""
-    geometry = _geometry(kernel_size, stride, padding, dilation, groups)
-    return _by_reference(x, values, meta, bias, geometry, activation)
+    geometry = geometry_of(kernel_size, stride, padding, dilation, groups)
+    return _dense(x, expand(values, meta), bias, residual, geometry, activation)
 
 
-def _by_reference(
-    x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None, geometry: Geometry, activation: str
+def _dense(
+    x: Tensor,
+    columns: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    geometry: Geometry,
+    activation: str,
 ) -> Tensor:
     _, stride, (top, bottom, left, right), dilation, groups = geometry
-    weight = _dense(x, values, meta, geometry)
+    weight = _unpacked(x, columns, geometry)
     if (top, left) != (bottom, right):
         x = F.pad(x, (left, right, top, bottom))
         top = left = 0
-    return activate(F.conv2d(x, weight, bias, stride, (top, left), dilation, groups), activation)
+    return finish(F.conv2d(x, weight, bias, stride, (top, left), dilation, groups), residual, activation)
 
 
-def _dense(x: Tensor, values: Tensor, meta: Tensor, geometry: Geometry) -> Tensor:
-    shape = (values.shape[0], x.shape[-3] // geometry.groups, *geometry.kernel_size)
-    return unpack_columns(expand(values, meta), shape)
+def _unpacked(x: Tensor, columns: Tensor, geometry: Geometry) -> Tensor:
+    shape = (columns.shape[0], x.shape[-3] // geometry.groups, *geometry.kernel_size)
+    return unpack_columns(columns, shape)
 
 
-def supports(x: Tensor, values: Tensor | None = None, *_: Any) -> str | None:
-    """Why no kernel can run on ``x`` and ``values``, None if one can; looks at devices and dtypes alone."""
-    return registry.no_kernel_reason(x, values)
+def supports(
+    x: Tensor, values: Tensor | None = None, *_: Any, groups: int = 1, channels: int | None = None
+) -> str | None:
+    """Why no kernel can run on ``x`` and ``values``, None if one can; looks at devices and dtypes alone, and
+    at groups and channels (by default those of ``x``), if there are several groups."""
+    if reason := cuda.no_product_reason(x, values):
+        return reason
+    if groups > 1 and registry.on_gpu(x):
+        in_group = (x.shape[-3] if channels is None else channels) // groups
+        if in_group < _LEAST_GROUP_CHANNELS:
+            return f"the CUDA kernel needs {_LEAST_GROUP_CHANNELS} channels in each group, got {in_group}"
+    return None
 
 
 def _check(
-    x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None, geometry: Geometry, activation: str
+    x: Tensor,
+    values: Tensor,
+    meta: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    geometry: Geometry,
+    activation: str,
 ) -> tuple[int, int]:
     """Check every argument but the devices, and return the height and width of the output."""
     rows, packed = check_weight(NAME, x, values, meta, bias, activation)
-    kernel_size, stride, padding, dilation, groups = geometry
-    if x.ndim != 4:
-        raise ValueError(f"{NAME}: x must have shape [N, C, H, W] or [C, H, W], got {tuple(x.shape)}")
-    if min(*kernel_size, *stride, *dilation) < 1 or min(padding) < 0:
-        _refuse_size(geometry)
-    _, channels, *spatial = x.shape
-    if groups < 1 or channels < 1 or channels % groups or rows % groups:
-        raise ValueError(
-            f"{NAME}: groups must be at least 1 and divide the channels in and out, "
-            f"got {groups} for {channels} and {rows}"
-        )
-    expected = packed_cols((1, channels // groups, *kernel_size))
-    if expected != packed:
-        raise ValueError(
-            f"{NAME}: x must have channels that match values of {packed} packed columns, got "
-            f"{channels} channels ({expected} columns with groups={groups}, kernel_size={tuple(kernel_size)})"
-        )
-    output = []
-    for axis, size in enumerate(spatial):
-        padded = size + padding[2 * axis] + padding[2 * axis + 1]
-        extent = dilation[axis] * (kernel_size[axis] - 1) + 1
-        if size < 1 or padded < extent:
-            raise ValueError(
-                f"{NAME}: x must have a height and width of at least 1 and, padded, of the dilated kernel's "
-                f"extent, got {size} padded to {padded} for an extent of {extent}"
-            )
-        if padded >= 2**31:
-            raise ValueError(
-                f"{NAME}: padding must keep the padded x below 2**31 rows and columns, got {padded}"
-            )
-        output.append((padded - extent) // stride[axis] + 1)
-    return output[0], output[1]
-
-
-def _refuse_size(geometry: Geometry) -> None:
-    for name, least in (("kernel_size", 1), ("stride", 1), ("dilation", 1), ("padding", 0)):
-        sizes = tuple(getattr(geometry, name))
-        if min(sizes) < least:
-            raise ValueError(f"{NAME}: {name} must be at least {least}, got {sizes}")
-
-
-def _is_channels_last(x: Tensor) -> bool:
-    """Whether the output is to be channels_last: by the strides of ``x``, ambiguous ones are contiguous.
-
-    The rule is torch's own, ``is_channels_last_strides_2d`` in c10/core/MemoryFormat.h.
-    """
-    sizes, strides = x.shape, x.stride()
-    least = 0
-    if strides[1] == 0:
-        return False
-    for dim in (1, 3, 2, 0):
-        if strides[dim] < least or (dim == 0 and least == strides[1]):
-            return False
-        least = strides[dim] * sizes[dim]
-    return True
-
-
-def _empty_output(x: Tensor, shape: tuple[int, ...], channels_last: bool) -> Tensor:
-    if not channels_last:
-        return x.new_empty(*shape)  # sizes one by one: a tuple takes 0.6 us longer
-    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    size = output_size(x, rows, packed, geometry)
+    check_residual(NAME, x, residual, (x.shape[0], rows, *size))
+    return size
 
 
 def _kernel(
@@ -197,9 +131,9 @@ def _kernel(
     batch, channels, height, width = x.shape
     rows, kept = values.shape
     kernel_size, stride, (top, _, left, _), dilation, groups = geometry
-    channels_last = _is_channels_last(x)
+    channels_last = is_channels_last(x)
     x = x.contiguous(memory_format=torch.channels_last) if channels_last else x.contiguous()
-    y = _empty_output(x, (batch, rows, *output), channels_last)
+    y = empty_output(x, (batch, rows, *output), channels_last)
     if not (batch and rows):
         return y
     values, meta = values.contiguous(), meta.contiguous()
@@ -231,66 +165,163 @@ def _kernel(
     return y
 
 
-def _impl(x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
+def _cuda_kernel(
+    x: Tensor,
+    values: Tensor,
+    meta: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    geometry: Geometry,
+    activation: str,
+    output: tuple[int, int],
+) -> Tensor:
+    """Run the CUDA kernel, which has channels last everywhere, on checked tensors."""
+    batch, _, height, width = x.shape
+    rows, kept = values.shape
+    kernel_size, stride, (top, _, left, _), dilation, groups = geometry
+    channels_last = is_channels_last(x)
+    y = empty_output(x, (batch, rows, *output), True)
+    if not (batch and rows):
+        return empty_output(x, (*y.shape,), channels_last)
+    pixels = _pixels(x.bfloat16() if x.dtype is torch.float32 else x, groups)
+    channels = pixels.shape[-1]
+    stored, slabs, slots = cuda.weight(values, meta, groups)
+    product = dispatch.Product(batch * output[0] * output[1], rows, kept * 2, groups)
+    allowed = ("small",) if channels // groups % 8 else dispatch.WIDE_TILES
+    plan = dispatch.plan(NAME, product, cuda.multiprocessors(x.device), allowed)
+    partials, counters = cuda.workspace(plan, x.device)
+    bias = None if bias is None else cuda.aligned(bias)
+    residual = None if residual is None else cuda.aligned(residual.permute(0, 2, 3, 1))
+    _native.require(NAME).nm24_conv_cuda(
+        pixels.data_ptr(),
+        stored.data_ptr(),
+        slabs.data_ptr(),
+        rows,
+        kept * 2,
+        slots,
+        cuda.address(bias),
+        cuda.address(residual),
+        registry.KERNEL_DTYPES[y.dtype],
+        ACTIVATIONS[activation],
+        y.data_ptr(),
+        batch,
+        channels,
+        height,
+        width,
+        *output,
+        *kernel_size,
+        *stride,
+        top,
+        left,
+        *dilation,
+        groups,
+        registry.KERNEL_DTYPES[pixels.dtype],
+        plan.tile.code,
+        plan.splits,
+        cuda.address(partials),
+        cuda.address(counters),
+        *cuda.place(x),
+    )
+    return y if channels_last else empty_output(x, (*y.shape,), False).copy_(y)
+
+
+def _pixels(x: Tensor, groups: int) -> Tensor:
+    """[N, C, H, W] as [N, H, W, channels] in memory, the channels of each group padded to a multiple of 4."""
+    last = x.permute(0, 2, 3, 1)
+    in_group = x.shape[1] // groups
+    if missing := round_up(in_group, GROUP) - in_group:
+        last = F.pad(last.unflatten(-1, (groups, in_group)), (0, missing)).flatten(-2)
+    return cuda.aligned(last)
+
+
+def _impl(
+    x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None, residual: Tensor | None, *rest: Any
+) -> Tensor:
     geometry, activation = Geometry(*rest[:-1]), rest[-1]
-    output = _check(x, values, meta, bias, geometry, activation)
-    check_devices(NAME, "x", x=x, values=values, meta=meta, bias=bias)
-    reason = supports(x, values)
-    if reason is None:
+    output = _check(x, values, meta, bias, residual, geometry, activation)
+    check_devices(NAME, "x", x=x, values=values, meta=meta, bias=bias, residual=residual)
+    reason = supports(x, values, groups=geometry.groups)
+    if reason is not None:
+        registry.fall_back(NAME, reason)
+        y = _dense(x, expanded(values, meta), bias, residual, geometry, activation)
+        return empty_output(x, (*y.shape,), is_channels_last(x)).copy_(y)
+    if registry.on_gpu(x):
+        return _cuda_kernel(x, values, meta, bias, residual, geometry, activation, output)
+    if residual is None:
         return _kernel(x, values, meta, bias, geometry, activation, output)
-    registry.fall_back(NAME, reason)
-    y = _by_reference(x, values, meta, bias, geometry, activation)
-    return _empty_output(x, (*y.shape,), _is_channels_last(x)).copy_(y)
+    z = _kernel(x, values, meta, bias, geometry, "none", output)
+    return activate(z.add_(residual), activation)
 
 
-def _fake(x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
-    output = _check(x, values, meta, bias, Geometry(*rest[:-1]), rest[-1])
-    check_devices(NAME, "x", x=x, values=values, meta=meta, bias=bias)
-    return _empty_output(x, (x.shape[0], values.shape[0], *output), _is_channels_last(x))
+def _fake(
+    x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None, residual: Tensor | None, *rest: Any
+) -> Tensor:
+    output = _check(x, values, meta, bias, residual, Geometry(*rest[:-1]), rest[-1])
+    check_devices(NAME, "x", x=x, values=values, meta=meta, bias=bias, residual=residual)
+    return empty_output(x, (x.shape[0], values.shape[0], *output), is_channels_last(x))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, values, meta, bias, *rest = inputs
+    x, values, meta, bias, residual, *rest = inputs
     ctx.geometry, ctx.activation = Geometry(*rest[:-1]), rest[-1]
-    ctx.save_for_backward(x, values, meta, bias, output if ctx.activation == "relu" else None)
+    again = ctx.activation in ("silu", "gelu")
+    ctx.save_for_backward(
+        x,
+        values,
+        meta,
+        bias if again else None,
+        residual if again else None,
+        output if ctx.activation == "relu" else None,
+    )
+    cuda.forget_values(values)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    x, values, meta, bias, y = ctx.saved_tensors
-    at = _op(x, values, meta, bias, *ctx.geometry, "none") if ctx.activation in ("silu", "gelu") else y
+    x, values, meta, bias, residual, y = ctx.saved_tensors
+    again = ctx.activation in ("silu", "gelu")
+    at = _op(x, values, meta, bias, residual, *ctx.geometry, "none") if again else y
     grad = activation_grad(grad, at, ctx.activation)
     _, stride, (top, bottom, left, right), dilation, groups = ctx.geometry
     is_symmetric = (top, left) == (bottom, right)
     needs = ctx.needs_input_grad
-    grad_x, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
-        grad,
-        x if is_symmetric else F.pad(x, (left, right, top, bottom)),
-        _dense(x, values, meta, ctx.geometry),
-        [values.shape[0]],
-        stride,
-        [top, left] if is_symmetric else [0, 0],
-        dilation,
-        False,
-        [0, 0],
-        groups,
-        [needs[0], needs[1], needs[3]],
-    )
+    weight = _unpacked(x, torch.ops.sparseops.nm24_to_dense(values, meta), ctx.geometry)
+    border = [top, left] if is_symmetric else [0, 0]
+    padded = x if is_symmetric else F.pad(x, (left, right, top, bottom))
+
+    def backward(grad: Tensor, weight: Tensor, mask: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
+        options = ([weight.shape[0]], stride, border, dilation, False, [0, 0], groups, mask)
+        return torch.ops.aten.convolution_backward(grad, padded, weight, *options)
+
+    block = rows_at_once(weight[:1].numel() * weight.element_size())
+    whole = groups > 1 or len(weight) <= block
+    grad_x, grad_weight, grad_bias = backward(grad, weight, [needs[0], needs[1] and whole, needs[3]])
+    grad_values = None
+    if needs[1] and whole:
+        grad_values = gather(pack_columns(grad_weight), meta)
+    elif needs[1]:
+        parts = zip(grad.split(block, 1), weight.split(block), meta.split(block), strict=True)
+        mask = [False, True, False]
+        grad_values = torch.cat([gather(pack_columns(backward(g, w, mask)[1]), m) for g, w, m in parts])
     if needs[0] and not is_symmetric:
         grad_x = F.pad(grad_x, (-left, -right, -top, -bottom))
-    grad_values = gather(pack_columns(grad_weight), meta) if needs[1] else None
-    return grad_x, grad_values, None, grad_bias, *(None,) * 6
+    return grad_x, grad_values, None, grad_bias, grad if needs[4] else None, *(None,) * 6
 
 
 def _vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Tensor, int]:
-    if any(dim is not None for dim in in_dims[1:4]):
+    x_dim, *weight_dims, residual_dim = in_dims[:5]
+    if x_dim is None or any(dim is not None for dim in weight_dims):
         return loop_vmap(_op, info, in_dims, args), 0
-    x = args[0].movedim(in_dims[0], 0)
-    return _op(x.flatten(0, 1), *args[1:]).unflatten(0, x.shape[:2]), 0
+    x, *weight, residual = args[:5]
+    x = x.movedim(x_dim, 0)
+    if residual is not None:
+        whole = residual.expand(info.batch_size, *residual.shape)
+        residual = (whole if residual_dim is None else residual.movedim(residual_dim, 0)).flatten(0, 1)
+    return _op(x.flatten(0, 1), *weight, residual, *args[5:]).unflatten(0, x.shape[:2]), 0
 
 
 _op = registry.define(
-    f"{NAME}(Tensor x, Tensor values, Tensor meta, Tensor? bias, int[2] kernel_size, int[2] stride, "
-    "int[4] padding, int[2] dilation, int groups, str activation) -> Tensor",
+    f"{NAME}(Tensor x, Tensor values, Tensor meta, Tensor? bias, Tensor? residual, int[2] kernel_size, "
+    "int[2] stride, int[4] padding, int[2] dilation, int groups, str activation) -> Tensor",
     impl=_impl,
     fake=_fake,
     setup_context=_setup_context,
@@ -305,6 +336,7 @@ def nm24_conv(
     values: Tensor,
     meta: Tensor,
     bias: Tensor | None = None,
+    residual: Tensor | None = None,
     *,
     kernel_size: Pair,
     stride: Pair = 1,
@@ -313,7 +345,7 @@ def nm24_conv(
     groups: int = 1,
     activation: str = "none",
 ) -> Tensor:
-    """2-D convolution with a 2:4 weight, bias and activation in one pass.
+    """2-D convolution with a 2:4 weight, bias, residual and activation in one pass.
 
     Where no kernel can run (``supports`` says why) the plain torch reference runs, and a warning says so
     once.
@@ -324,6 +356,7 @@ def nm24_conv(
             4), rounded up to a multiple of 32.
         meta: their columns [O, P/8], uint8.
         bias: [O] in the dtype of x, or None.
+        residual: what is added before the activation, of the shape of the result and the dtype of x, or None.
         kernel_size: (R, S), or one int for both.
         stride, dilation: ints or (height, width).
         padding: zeros on each side, an int or (height, width); ``"valid"`` is none, ``"same"`` keeps the size
@@ -333,22 +366,25 @@ def nm24_conv(
 
     Returns:
         [N, O, P, Q] or [O, P, Q] in the memory format of x, sized as ``torch.nn.Conv2d`` says;
-        differentiable in x, values and bias.
+        differentiable in x, values, bias and residual.
 
     Raises:
         TypeError: a dtype or the type of a size is wrong.
         ValueError: a shape, size, device or the activation is wrong, or a ``SPARSEOPS_*`` variable is.
     """
-    geometry = _geometry(kernel_size, stride, padding, dilation, groups)
+    geometry = geometry_of(kernel_size, stride, padding, dilation, groups)
     images = x.unsqueeze(0) if x.ndim == 3 else x
-    if registry.fast(images, values, meta, bias):
-        output = _check(images, values, meta, bias, geometry, activation)
+    if residual is None and registry.fast(images, values, meta, bias):
+        output = _check(images, values, meta, bias, None, geometry, activation)
         y = _kernel(images, values, meta, bias, geometry, activation, output)
-    elif reason := registry.transform_reason():
+        return y.squeeze(0) if x.ndim == 3 else y
+    if residual is not None and x.ndim == 3:
+        residual = residual.unsqueeze(0)
+    if reason := registry.transform_reason():
         registry.fall_back(NAME, reason)
-        y = _by_reference(images, values, meta, bias, geometry, activation)
+        y = _dense(images, expand(values, meta), bias, residual, geometry, activation)
     else:
-        y = _op(images, values, meta, bias, *geometry, activation)
+        y = _op(images, values, meta, bias, residual, *geometry, activation)
     return y.squeeze(0) if x.ndim == 3 else y
 
 
@@ -360,16 +396,21 @@ def _inputs(
     *,
     groups: int = 1,
     bias: bool = True,
+    residual: Callable[[Tensor], Tensor] | None = None,
     view: Callable[[Tensor], Tensor] | None = None,
     **options: Any,
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    taps = tuple(_pair("kernel_size", kernel_size))
+    taps = tuple(pair("kernel_size", kernel_size))
     generator = torch.Generator().manual_seed(out_channels * image[-1])
     x = torch.randn(image, generator=generator).to(dtype)
     weight = make_weight((out_channels, image[-3] // groups, *taps), dtype, generator)
     offset = make_bias(out_channels, dtype, generator) if bias else None
     options |= {"kernel_size": kernel_size, "groups": groups}
-    return (view(x) if view else x, weight.values, weight.meta, offset), options
+    args: tuple[Any, ...] = (view(x) if view else x, weight.values, weight.meta, offset)
+    if residual:
+        y = nm24_conv_reference(x, weight.values, weight.meta, **options)
+        args += (residual(torch.randn(y.shape, generator=generator).to(dtype)),)
+    return args, options
 
 
 def _case(name: str, *sizes: Any, **options: Any) -> registry.Case:
@@ -412,6 +453,14 @@ CASES = (
     _case("relu", (1, 16, 5, 6), 12, 3, padding=1, activation="relu"),
     _case("silu", (1, 16, 5, 6), 12, 3, padding=1, activation="silu"),
     _case("gelu", (2, 16, 5, 6), 12, 3, padding=1, activation="gelu"),
+    _case("residual", (2, 16, 5, 6), 12, 3, padding=1, residual=torch.clone),
+    _case(
+        "residual_relu", (1, 16, 5, 6), 12, 3, stride=2, activation="relu", bias=False, residual=torch.clone
+    ),
+    _case("residual_silu", (2, 32, 5, 6), 70, 1, activation="silu", view=_channels_last, residual=_cropped),
+    _case(
+        "residual_unbatched", (16, 5, 6), 12, 3, activation="gelu", residual=lambda y: y.mT.contiguous().mT
+    ),
     _case("unbatched", (16, 5, 6), 12, 3, padding=1),
     _case("channels_last", (2, 32, 7, 9), 24, 3, padding=1, view=_channels_last),
     _case(
@@ -445,7 +494,11 @@ registry.register(
         fn=nm24_conv,
         reference=nm24_conv_reference,
         supports=supports,
-        impls=registry.cpu_impls("f32, f16 and bf16, any shape; contiguous and channels_last"),
+        impls=registry.cpu_impls("f32, f16 and bf16, any shape; contiguous and channels_last")
+        | cuda.impls(
+            "f16 and bf16 by mma.sp, groups of at least 16 channels; f32 where torch allows bf16 for it"
+        ),
         cases=CASES,
+        prepare=cuda.prepare,
     )
 )

@@ -1,8 +1,9 @@
-"""``nm24_linear``: y[..., o] = act(sum over k of x[..., k] * w[o, k] + bias[o]) with a 2:4 weight w [O, K].
+"""``nm24_linear``: y[..., o] = act(sum over k of x[..., k] * w[o, k] + bias[o] + residual[..., o]) with a 2:4
+weight w [O, K].
 
 ``sparseops.formats.nm24`` draws the layout of values [O, P/2] and meta [O, P/8]; P is K rounded up to a
-multiple of 32, and x is never padded. In float16 and bfloat16 the kernels accumulate in float32 and round
-once.
+multiple of 32, and x is never padded on the CPU. In float16 and bfloat16 the kernels accumulate in float32
+and round once (with a residual the CPU rounds three times, as plain torch does).
 """
 
 from collections.abc import Callable
@@ -15,40 +16,63 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparseops import _native
-from sparseops.formats.nm24 import PITCH, expand, gather, pack_columns
-from sparseops.ops import registry
+from sparseops.formats.nm24 import PITCH, expand
+from sparseops.ops import cuda, registry
 from sparseops.ops.common import (
     ACTIVATIONS,
     activate,
     activation_grad,
     check_devices,
+    check_residual,
     check_weight,
+    finish,
     loop_vmap,
     make_bias,
     make_weight,
 )
+from sparseops.ops.nm24_to_dense import expanded
 
 NAME = "nm24_linear"
 
 
 def nm24_linear_reference(
-    x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None = None, *, activation: str = "none"
+    x: Tensor,
+    values: Tensor,
+    meta: Tensor,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    *,
+    activation: str = "none",
 ) -> Tensor:
     """Plain torch: expand the weight and call ``F.linear``."""
-    return activate(F.linear(x, expand(values, meta)[:, : x.shape[-1]], bias), activation)
+    return _dense(x, expand(values, meta), bias, residual, activation)
+
+
+def _dense(
+    x: Tensor, columns: Tensor, bias: Tensor | None, residual: Tensor | None, activation: str
+) -> Tensor:
+    return finish(F.linear(x, columns[:, : x.shape[-1]], bias), residual, activation)
 
 
 def supports(x: Tensor, values: Tensor | None = None, *_: Any) -> str | None:
     """Why no kernel can run on ``x`` and ``values``, None if one can; looks at devices and dtypes alone."""
-    return registry.no_kernel_reason(x, values)
+    return cuda.no_product_reason(x, values)
 
 
-def _check(x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None, activation: str) -> tuple[int, int]:
+def _check(
+    x: Tensor,
+    values: Tensor,
+    meta: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    activation: str,
+) -> tuple[int, int]:
     """Check every argument but the devices, and return the weight's rows and packed columns."""
     rows, packed = check_weight(NAME, x, values, meta, bias, activation)
     if x.ndim == 0:
         raise ValueError(f"{NAME}: x must have at least one dimension, got a scalar")
     _check_features(x.shape[-1], packed)
+    check_residual(NAME, x, residual, (*x.shape[:-1], rows))
     return rows, packed
 
 
@@ -69,7 +93,7 @@ def _kernel(x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None, activa
     """Check the arguments and run the CPU kernel."""
     shape = x.shape
     if len(shape) != 2:
-        rows, _ = _check(x, values, meta, bias, activation)
+        rows, _ = _check(x, values, meta, bias, None, activation)
         return _kernel(_as_rows(x), values, meta, bias, activation).view(*shape[:-1], rows)
     rows, packed = check_weight(NAME, x, values, meta, bias, activation)
     tokens, features = shape
@@ -102,50 +126,79 @@ def _kernel(x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None, activa
     return y
 
 
-def _impl(x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None, activation: str) -> Tensor:
-    check_devices(NAME, "x", x=x, values=values, meta=meta, bias=bias)
+def _impl(
+    x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None, residual: Tensor | None, activation: str
+) -> Tensor:
+    check_devices(NAME, "x", x=x, values=values, meta=meta, bias=bias, residual=residual)
     reason = supports(x, values)
-    if reason is None:
+    if reason is None and residual is None and not registry.on_gpu(x):
         return _kernel(x, values, meta, bias, activation)
-    _check(x, values, meta, bias, activation)
-    registry.fall_back(NAME, reason)
-    return nm24_linear_reference(x, values, meta, bias, activation=activation).contiguous()
+    _, packed = _check(x, values, meta, bias, residual, activation)
+    if reason is not None:
+        registry.fall_back(NAME, reason)
+        return _dense(x, expanded(values, meta), bias, residual, activation).contiguous()
+    if residual is not None and not registry.on_gpu(x):
+        return activate(_kernel(x, values, meta, bias, "none").add_(residual), activation)
+    shape = (*x.shape[:-1], values.shape[0])
+    if not prod(shape):
+        return x.new_empty(shape)
+    if not packed:  # nothing to multiply
+        return _dense(x, expanded(values, meta), bias, residual, activation).contiguous()
+    residual = None if residual is None else _as_rows(residual)
+    return cuda.linear(NAME, _as_rows(x), values, meta, bias, residual, activation, x.dtype).view(shape)
 
 
-def _fake(x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None, activation: str) -> Tensor:
-    rows, _ = _check(x, values, meta, bias, activation)
-    check_devices(NAME, "x", x=x, values=values, meta=meta, bias=bias)
+def _fake(
+    x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None, residual: Tensor | None, activation: str
+) -> Tensor:
+    rows, _ = _check(x, values, meta, bias, residual, activation)
+    check_devices(NAME, "x", x=x, values=values, meta=meta, bias=bias, residual=residual)
     return x.new_empty((*x.shape[:-1], rows))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, values, meta, bias, activation = inputs
+    x, values, meta, bias, residual, activation = inputs
     ctx.activation = activation
-    ctx.save_for_backward(x, values, meta, bias, output if activation == "relu" else None)
+    again = activation in ("silu", "gelu")
+    ctx.save_for_backward(
+        x,
+        values,
+        meta,
+        bias if again else None,
+        residual if again else None,
+        output if activation == "relu" else None,
+    )
+    cuda.forget_values(values)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    x, values, meta, bias, y = ctx.saved_tensors
-    at = _op(x, values, meta, bias, "none") if ctx.activation in ("silu", "gelu") else y
+    x, values, meta, bias, residual, y = ctx.saved_tensors
+    at = _op(x, values, meta, bias, residual, "none") if ctx.activation in ("silu", "gelu") else y
     grad = activation_grad(grad, at, ctx.activation)
     grad_x = grad_values = grad_bias = None
-    if ctx.needs_input_grad[0]:
-        grad_x = grad @ expand(values, meta)[:, : x.shape[-1]]
-    if ctx.needs_input_grad[1]:
-        grad_values = gather(pack_columns(_as_rows(grad).t() @ _as_rows(x)), meta)
-    if ctx.needs_input_grad[3]:
+    ops, needs = torch.ops.sparseops, ctx.needs_input_grad
+    if needs[0]:
+        grad_x = grad @ ops.nm24_to_dense(values, meta)[:, : x.shape[-1]]
+    if needs[1]:
+        grad_values = ops.nm24_grad_values(_as_rows(grad), _as_rows(x), meta)
+    if needs[3]:
         grad_bias = _as_rows(grad).sum(0)
-    return grad_x, grad_values, None, grad_bias, None
+    return grad_x, grad_values, None, grad_bias, grad if needs[4] else None, None
 
 
 def _vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Tensor, int]:
-    if any(dim is not None for dim in in_dims[1:]):
+    x_dim, *weight_dims, residual_dim, _ = in_dims
+    if x_dim is None or any(dim is not None for dim in weight_dims):
         return loop_vmap(_op, info, in_dims, args), 0
-    return _op(args[0].movedim(in_dims[0], 0), *args[1:]), 0
+    x, *weight, residual, activation = args
+    if residual is not None:
+        whole = residual.expand(info.batch_size, *residual.shape)
+        residual = whole if residual_dim is None else residual.movedim(residual_dim, 0)
+    return _op(x.movedim(x_dim, 0), *weight, residual, activation), 0
 
 
 _op = registry.define(
-    f"{NAME}(Tensor x, Tensor values, Tensor meta, Tensor? bias, str activation) -> Tensor",
+    f"{NAME}(Tensor x, Tensor values, Tensor meta, Tensor? bias, Tensor? residual, str activation) -> Tensor",
     impl=_impl,
     fake=_fake,
     setup_context=_setup_context,
@@ -156,9 +209,15 @@ _op = registry.define(
 
 
 def nm24_linear(
-    x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None = None, *, activation: str = "none"
+    x: Tensor,
+    values: Tensor,
+    meta: Tensor,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    *,
+    activation: str = "none",
 ) -> Tensor:
-    """Linear layer with a 2:4 weight, bias and activation in one pass.
+    """Linear layer with a 2:4 weight, bias, residual and activation in one pass.
 
     Where no kernel can run (``supports`` says why) the plain torch reference runs, and a warning says so
     once.
@@ -168,21 +227,22 @@ def nm24_linear(
         values: kept weights [O, P/2] in the dtype of x, P being K rounded up to a multiple of 32.
         meta: their columns [O, P/8], uint8.
         bias: [O] in the dtype of x, or None.
+        residual: what is added before the activation, [..., O] in the dtype of x, or None.
         activation: ``"none"``, ``"relu"``, ``"silu"`` or ``"gelu"`` (the exact one).
 
     Returns:
-        [..., O], contiguous; differentiable in x, values and bias.
+        [..., O], contiguous; differentiable in x, values, bias and residual.
 
     Raises:
         TypeError: a dtype is wrong.
         ValueError: a shape, a device or the activation is wrong, or a ``SPARSEOPS_*`` variable is.
     """
-    if registry.fast(x, values, meta, bias):
+    if residual is None and registry.fast(x, values, meta, bias):
         return _kernel(x, values, meta, bias, activation)
     if reason := registry.transform_reason():
         registry.fall_back(NAME, reason)
-        return nm24_linear_reference(x, values, meta, bias, activation=activation)
-    return _op(x, values, meta, bias, activation)
+        return nm24_linear_reference(x, values, meta, bias, residual, activation=activation)
+    return _op(x, values, meta, bias, residual, activation)
 
 
 def _inputs(
@@ -192,6 +252,7 @@ def _inputs(
     dtype: torch.dtype,
     *,
     bias: bool = True,
+    residual: Callable[[Tensor], Tensor] | None = None,
     activation: str = "none",
     view: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -200,7 +261,10 @@ def _inputs(
     x = torch.randn((*lead, in_features), generator=generator).to(dtype)
     weight = make_weight((out_features, in_features), dtype, generator)
     offset = make_bias(out_features, dtype, generator) if bias else None
-    return (view(x) if view else x, weight.values, weight.meta, offset), {"activation": activation}
+    args: tuple[Any, ...] = (view(x) if view else x, weight.values, weight.meta, offset)
+    if residual:
+        args += (residual(torch.randn((*lead, out_features), generator=generator).to(dtype)),)
+    return args, {"activation": activation}
 
 
 def _case(name: str, *sizes: Any, **options: Any) -> registry.Case:
@@ -245,6 +309,11 @@ CASES = (
         "batched_transposed", (3, 4), 64, 24, view=lambda x: x.transpose(0, 1).contiguous().transpose(0, 1)
     ),
     _case("negated", 6, 64, 24, view=torch._neg_view),
+    _case("residual", 6, 64, 24, residual=torch.clone),
+    _case("residual_tail", (2, 5), 37, 19, residual=_strided, bias=False),
+    # small: the sign of a rounded sum near 0, and with it relu's slope, is a matter of rounding
+    _case("residual_relu", 2, 64, 20, residual=_misaligned, activation="relu"),
+    _case("residual_gelu", 40, 64, 70, residual=_misaligned, activation="gelu"),
     _case("empty", 0, 64, 24),
     _case("batched_empty", (2, 0), 64, 24, activation="gelu"),
     _case("no_rows", 4, 64, 0),
@@ -256,7 +325,9 @@ registry.register(
         fn=nm24_linear,
         reference=nm24_linear_reference,
         supports=supports,
-        impls=registry.cpu_impls("f32, f16 and bf16, any shape"),
+        impls=registry.cpu_impls("f32, f16 and bf16, any shape")
+        | cuda.impls("f16 and bf16 by mma.sp, any shape; f32 where torch allows bf16 for it"),
         cases=CASES,
+        prepare=cuda.prepare,
     )
 )

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sparseops import _native
 from sparseops.formats.nm24 import DTYPES, expand, gather
-from sparseops.ops import registry
+from sparseops.ops import cuda, registry
 from sparseops.ops.common import check_devices, check_weight, make_weight
 
 NAME = "nm24_to_dense"
@@ -24,18 +24,11 @@ def nm24_to_dense_reference(values: Tensor, meta: Tensor) -> Tensor:
 
 def supports(values: Tensor, meta: Tensor | None = None) -> str | None:
     """Why no kernel can expand ``values``, None if one can (on the CPU, torch's own scatter is it)."""
-    device = values.device.type
-    if device == "cpu":
+    if values.device.type == "cpu" and not registry.on_gpu(values):
         return None
-    if device != "cuda":
-        return f"there is no {device.upper()} kernel"
-    if values.element_size() not in (1, 2, 4):
+    if registry.on_gpu(values) and values.element_size() not in (1, 2, 4):
         return f"there is no CUDA kernel for {values.dtype}"
-    if _native.C is None:
-        return _native.error
-    if not _native.C.build_info()["cuda"]:
-        return "sparseops was built without CUDA: reinstall it with SPARSEOPS_CUDA=1"
-    return _native.config_error or _native.C.cuda_probe()["error"]
+    return cuda.no_device_reason(values)
 
 
 def _check(values: Tensor, meta: Tensor) -> None:
@@ -49,15 +42,19 @@ def _check(values: Tensor, meta: Tensor) -> None:
 
 def _impl(values: Tensor, meta: Tensor) -> Tensor:
     _check(values, meta)
-    reason = supports(values)
-    if reason is not None:
+    if reason := supports(values):
         registry.fall_back(NAME, reason)
-    if reason is not None or not values.is_cuda or not values.numel():
+    return expanded(values, meta)
+
+
+def expanded(values: Tensor, meta: Tensor) -> Tensor:
+    """The packed columns of a checked weight, by the kernel where one can run, and without a word where none
+    can."""
+    if not registry.on_gpu(values) or supports(values) is not None or not values.numel():
         return expand(values, meta)
-    values, meta = values.contiguous(), meta.contiguous()
+    values, meta = cuda.aligned(values), meta.contiguous()
     rows, kept = values.shape
     dense = values.new_empty((rows, kept * 2))
-    device = values.get_device()
     _native.require(NAME).nm24_to_dense_cuda(
         values.data_ptr(),
         meta.data_ptr(),
@@ -65,8 +62,7 @@ def _impl(values: Tensor, meta: Tensor) -> Tensor:
         rows,
         kept * 2,
         values.element_size(),
-        device,
-        torch.cuda.current_stream(device).cuda_stream,
+        *cuda.place(values),
     )
     return dense
 

@@ -7,6 +7,7 @@ adds an ``Op`` here. Tests, benchmarks, ``convert`` and ``doctor`` find it in ``
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -40,14 +41,24 @@ class Op:
         supports: called with the tensors of ``fn``, the reason why no kernel can run on them, or None.
         impls: a note on each kernel by (device type, instruction set or architecture).
         cases: the inputs every implementation is tested with.
+        dtype: one of the first argument's that every kernel takes.
+        differentiable: whether it has a gradient.
+        prepare: called with the tensors of a weight when they have moved or changed.
     """
 
     name: str
-    fn: Callable[..., Tensor]
-    reference: Callable[..., Tensor]
+    fn: Callable[..., Any]
+    reference: Callable[..., Any]
     supports: Callable[..., str | None]
     impls: Mapping[tuple[str, str], str]
     cases: tuple[Case, ...] = field(repr=False)
+    dtype: torch.dtype = torch.float16
+    differentiable: bool = True
+    prepare: Callable[..., None] | None = None
+
+    def runs_on(self, device: str) -> bool:
+        """Whether there is a kernel for this type of device."""
+        return any(kind == device for kind, _ in self.impls)
 
 
 REGISTRY: dict[str, Op] = {}
@@ -64,30 +75,39 @@ def register(op: Op) -> None:
 def define(
     schema: str,
     *,
-    impl: Callable[..., Tensor],
-    fake: Callable[..., Tensor],
-    setup_context: Callable[[Any, tuple[Any, ...], Tensor], None],
-    backward: Callable[..., Any],
-    vmap: Callable[..., tuple[Tensor, int]],
+    impl: Callable[..., Any],
+    fake: Callable[..., Any],
+    setup_context: Callable[[Any, tuple[Any, ...], Any], None] | None = None,
+    backward: Callable[..., Any] | None = None,
+    vmap: Callable[..., tuple[Any, Any]],
     autocast: bool,
 ) -> torch._ops.OpOverload:
     """Register ``sparseops::<schema>`` and return the overload to call.
 
-    ``impl`` serves every device. With ``autocast`` the op runs in the lower-precision dtype of the active
-    autocast region, as ``torch.nn.functional.linear`` does.
+    ``impl`` serves every device. Without ``backward``, asking for a gradient is an error. With ``autocast``
+    the op runs in the lower-precision dtype of the active autocast region, as ``torch.nn.functional.linear``
+    does.
     """
     name = schema.partition("(")[0]
     qualified = f"sparseops::{name}"
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     LIBRARY.impl(name, impl, "CompositeExplicitAutograd")
     torch.library.register_fake(qualified, fake, lib=LIBRARY)
-    torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=LIBRARY)
+    torch.library.register_autograd(
+        qualified, backward or partial(_no_gradient, name), setup_context=setup_context, lib=LIBRARY
+    )
     torch.library.register_vmap(qualified, vmap, lib=LIBRARY)
     overload = getattr(torch.ops.sparseops, name).default
     if autocast:
         for device in ("cpu", "cuda"):
             LIBRARY.impl(name, _autocast(overload, device), f"Autocast{device.upper()}")
     return overload
+
+
+def _no_gradient(name: str, *_: Any) -> None:
+    raise RuntimeError(
+        f"{name}: there is no gradient; call it under torch.no_grad(), or detach what needs one"
+    )
 
 
 def _autocast(overload: torch._ops.OpOverload, device: str) -> Callable[..., Tensor]:
@@ -103,6 +123,11 @@ def _autocast(overload: torch._ops.OpOverload, device: str) -> Callable[..., Ten
             return overload(*map(cast, args))
 
     return cast_and_call
+
+
+def on_gpu(x: Tensor) -> bool:
+    """Whether CUDA kernels serve ``x``: it lies on a GPU, or on the CPU while that stands for one."""
+    return x.is_cuda or (_native.emulated and x.is_cpu)
 
 
 def no_kernel_reason(x: Tensor, values: Tensor | None = None) -> str | None:
@@ -165,7 +190,7 @@ def cpu_impls(note: str) -> dict[tuple[str, str], str]:
     return {("cpu", isa): note for isa in env.CPU_ISAS}
 
 
-FAST = _native.C is not None and _native.fast_path
+FAST = _native.C is not None and _native.fast_path and not _native.emulated
 """Whether the public functions may call the kernels without going through torch's dispatcher."""
 
 try:

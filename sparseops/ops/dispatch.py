@@ -1,0 +1,125 @@
+"""Which tile of the CUDA kernels a product takes and how many blocks share one: a rule, nothing is tuned.
+
+A block of threads computes one output tile. What it has to do for ``cols`` columns of 16-bit elements, with F
+features and T tokens to a tile:
+
+    multiply-adds   F * T * cols                    half of them done
+    bytes           F * cols * 1.125 + T * cols * 2   weight (values and metadata) and activations
+
+- Up to 16 tokens the weight is nearly all that is read (2 * tokens operations to 1.125 bytes, where a GPU
+  does hundreds for each byte), so the tile that streams it best is right, and a wider one would only multiply
+  zeros: ``few8``, then ``few16``.
+- Above that each byte that a tile reads should serve many operations: 41 multiply-adds for the large tile
+  (128 x 128), 20 for the small one (64 x 64). Through shared memory, which is what bounds both, the large
+  tile reaches about 0.69 of the tensor cores' peak and the small one 0.41 (csrc/cuda/mainloop.cuh has the
+  count): ``_LARGE_RATE`` is their ratio. But a large tile wastes more where the output ends inside it, and
+  has fewer tiles to give the multiprocessors. So both are estimated, and the one that is done first is taken.
+- Tiles that are fewer than the multiprocessors leave some of them idle. Then the columns of a tile are split
+  among blocks, so that there are up to twice as many blocks as multiprocessors. A split costs a tile of
+  partial sums written and read, 8 * F * T bytes: 131 KB for the large tile, about what it reads for 256
+  columns (102 KB), so a split has at least as many. The eight warps of a block for few tokens take 128
+  columns each, so that its splits are 1024 columns deep.
+"""
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+from sparseops import _native
+
+_LARGE_RATE = 1.7
+_MOST_SPLITS = 16
+_SLAB = 128  # splits are whole slabs of metadata
+_LEAST_SLABS = {"few8": 8, "few16": 8, "small": 2, "large": 2}
+_FEW = {"few8": 8, "few16": 16}
+
+MATRIX_TILES = ("few8", "few16", "small", "large")
+"""The tiles that a product of 16-bit matrices may take."""
+WIDE_TILES = ("small", "large")
+"""Those of 8-bit matrices and of convolutions."""
+
+
+class Tile(NamedTuple):
+    """A tile of the kernels, as the built module lists it; ``code`` is its place there."""
+
+    code: int
+    name: str
+    features: int
+    tokens: int
+    depth: int
+
+
+class Product(NamedTuple):
+    """The sizes of a product: ``tokens`` x ``rows`` outputs over ``cols`` packed columns. The rows of a
+    grouped convolution lie in ``groups`` equal parts, and no tile spans two."""
+
+    tokens: int
+    rows: int
+    cols: int
+    groups: int = 1
+
+
+class Plan(NamedTuple):
+    """A tile, how many blocks share each output tile, and how many output tiles there are."""
+
+    tile: Tile
+    splits: int
+    tiles: int
+
+    @property
+    def partials(self) -> int:
+        """Elements of 4 bytes of the workspace for partial sums."""
+        return self.tiles * self.splits * self.tile.features * self.tile.tokens if self.splits > 1 else 0
+
+
+@lru_cache(maxsize=1)
+def built_tiles() -> dict[str, Tile]:
+    """The tiles of the built module by name."""
+    tiles = _native.require("cuda_tiles").cuda_tiles()
+    return {name: Tile(i, name, *sizes) for i, (name, *sizes) in enumerate(tiles)}
+
+
+def plan(op: str, product: Product, multiprocessors: int, allowed: Sequence[str] = MATRIX_TILES) -> Plan:
+    """How ``product`` is cut, by the rule or as ``SPARSEOPS_IMPL`` says. allowed: tiles that the op can take.
+
+    Raises:
+        ValueError: ``SPARSEOPS_IMPL`` names a tile that is not among them.
+    """
+    tiles, forced = built_tiles(), _native.impl
+    if forced in tiles and forced not in allowed:
+        raise ValueError(
+            f"{op}: SPARSEOPS_IMPL must be auto, dense or one of {', '.join(allowed)} for this call, "
+            f"got {forced!r}"
+        )
+    names = (forced,) if forced in tiles else _candidates(product.tokens, allowed)
+    plans = [_split(product, tiles[name], multiprocessors) for name in names]
+    return min(plans, key=lambda plan: _duration(plan, multiprocessors))
+
+
+def _candidates(tokens: int, allowed: Sequence[str]) -> Sequence[str]:
+    for name, most in _FEW.items():
+        if tokens <= most and name in allowed:
+            return (name,)
+    return [name for name in allowed if name not in _FEW]
+
+
+def _split(product: Product, tile: Tile, multiprocessors: int) -> Plan:
+    rows = product.rows // product.groups
+    tiles = _ceil_div(rows, tile.features) * product.groups * _ceil_div(product.tokens, tile.tokens)
+    slabs = _ceil_div(product.cols, _SLAB)
+    splits = 1
+    if tiles < multiprocessors:
+        splits = max(1, min(2 * multiprocessors // tiles, _MOST_SPLITS, slabs // _LEAST_SLABS[tile.name]))
+        splits = _ceil_div(slabs, _ceil_div(slabs, splits))  # none without columns
+    return Plan(tile, splits, tiles)
+
+
+def _duration(plan: Plan, multiprocessors: int) -> float:
+    """In units of a full column of a 64 x 64 tile on one multiprocessor."""
+    area = plan.tile.features * plan.tile.tokens / 4096
+    rate = _LARGE_RATE if plan.tile.name == "large" else 1.0
+    return _ceil_div(plan.tiles * plan.splits, multiprocessors) / plan.splits * area / rate
+
+
+def _ceil_div(a: int, b: int) -> int:
+    return -(-a // b)

@@ -1,0 +1,279 @@
+"""The CUDA kernels from Python: every case of every op, every tile and number of splits, who is called when.
+
+On a GPU, or on the CPU under SPARSEOPS_EMULATE (``tests/test_emulated_ops.py`` runs this file so).
+"""
+
+import warnings
+
+import pytest
+import torch
+from conftest import CASES, DTYPES, GPU, SMOOTH_CASES, Native, case_of, layout, moved
+
+from sparseops import SparseConv2d, SparseLinear, _native
+from sparseops.formats import NM24
+from sparseops.formats.nm24 import pack_columns
+from sparseops.ops import REGISTRY, cuda, derived, dispatch, registry
+from sparseops.ops.common import make_bias, make_weight
+from sparseops.testing import Expected, assert_close, expect, expect_grads, grads
+
+pytestmark = [pytest.mark.cuda, pytest.mark.skipif(GPU is None, reason="there is no GPU")]
+
+LINEAR, CONV, INT8 = REGISTRY["nm24_linear"], REGISTRY["nm24_conv"], REGISTRY["nm24_linear_i8"]
+HALVES = {"bf16": torch.bfloat16, "f16": torch.float16}
+every_half = pytest.mark.parametrize("dtype", HALVES.values(), ids=HALVES)
+
+
+@pytest.fixture(autouse=True)
+def whole_f32():
+    """No TF32 in torch's convolutions, which serve float32 here."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    yield
+    torch.backends.cudnn.allow_tf32 = before
+
+
+@pytest.fixture
+def native(monkeypatch):
+    module = Native(_native.C)
+    monkeypatch.setattr(_native, "C", module)
+    return module
+
+
+def host(y):
+    return tuple(map(host, y)) if isinstance(y, tuple) else y.detach().cpu()
+
+
+def assert_result(op, y, args, kwargs):
+    """``y``, from a GPU, is what the op gives for ``args``, which lie on the CPU."""
+    if isinstance(y, tuple):
+        for got, expected in zip(host(y), op.reference(*args, **kwargs), strict=True):
+            assert torch.equal(got.view(torch.uint8), expected.view(torch.uint8))
+    else:
+        assert_close(host(y), expect(op, args, kwargs))
+
+
+def call(op, args, kwargs):
+    return op.fn(*(moved(arg, GPU) for arg in args), **kwargs)
+
+
+@pytest.mark.filterwarnings("ignore:.*plain torch reference")
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize(("op", "case"), CASES)
+def test_forward(op, case, dtype):
+    args, kwargs = case.make(dtype)
+    y = call(op, args, kwargs)
+    assert_result(op, y, args, kwargs)
+    if not isinstance(y, tuple):
+        assert layout(y) == layout(op.fn(*(moved(arg, "meta") for arg in args), **kwargs))
+
+
+@pytest.mark.filterwarnings("ignore:.*plain torch reference")
+@every_half
+@pytest.mark.parametrize(("op", "case"), SMOOTH_CASES)
+def test_gradients(op, case, dtype):
+    args, kwargs = case.make(dtype)
+    y = op.reference(*args, **kwargs)
+    cotangent = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    found = grads(op.fn, [moved(arg, GPU) for arg in args], kwargs, cotangent.to(GPU))
+    for position, expected in expect_grads(op, args, kwargs, cotangent).items():
+        assert_close(found[position].cpu(), expected)
+
+
+def cut(monkeypatch, tile, splits):
+    """Let every product be cut like this; returns the plans that were made."""
+    plans = []
+
+    def plan(op, product, multiprocessors, allowed=dispatch.MATRIX_TILES):
+        assert tile in allowed
+        shape = dispatch.built_tiles()[tile]
+        rows = -(-product.rows // product.groups // shape.features)
+        tiles = rows * product.groups * -(-product.tokens // shape.tokens)
+        plans.append(dispatch.Plan(shape, splits, tiles))
+        return plans[-1]
+
+    monkeypatch.setattr(dispatch, "plan", plan)
+    return plans
+
+
+@every_half
+@pytest.mark.parametrize("splits", [1, 3, 6])
+@pytest.mark.parametrize(
+    ("tile", "tokens"), [("few8", 5), ("few8", 19), ("few16", 13), ("small", 70), ("large", 131)]
+)
+def test_every_tile_of_a_product(tile, tokens, splits, dtype, monkeypatch):
+    plans = cut(monkeypatch, tile, splits)
+    generator = torch.Generator().manual_seed(tokens)
+    rows, features = 137, 700
+    weight = make_weight((rows, features), dtype, generator)
+    x = torch.randn((tokens, features), generator=generator).to(dtype)
+    residual = torch.randn((tokens, rows), generator=generator).to(dtype)
+    args = (x, weight.values, weight.meta, make_bias(rows, dtype, generator), residual)
+    kwargs = {"activation": "gelu"}
+    assert_result(LINEAR, call(LINEAR, args, kwargs), args, kwargs)
+    assert [plan.splits for plan in plans] == [splits]
+
+
+@pytest.mark.parametrize("out_dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("splits", [1, 2, 6])
+@pytest.mark.parametrize(("tile", "tokens"), [("small", 70), ("large", 131)])
+def test_every_tile_of_an_int8_product(tile, tokens, splits, out_dtype, monkeypatch):
+    cut(monkeypatch, tile, splits)
+    generator = torch.Generator().manual_seed(tokens)
+    rows, features = 137, 700
+    weight = make_weight((rows, features), torch.float32, generator)
+    values = (weight.values * 1000).clamp(-128, 127).to(torch.int8)
+    x = torch.randint(-128, 128, (tokens, features), generator=generator, dtype=torch.int8)
+    scales = [torch.rand(n, generator=generator) / 100 for n in (tokens, rows)]
+    args = (x, values, weight.meta, *scales, make_bias(rows, out_dtype, generator))
+    kwargs = {"out_dtype": out_dtype, "activation": "silu"}
+    assert_result(INT8, call(INT8, args, kwargs), args, kwargs)
+
+
+@every_half
+@pytest.mark.parametrize("splits", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("tile", "channels", "groups"),
+    [("small", 24, 1), ("small", 20, 1), ("small", 36, 2), ("large", 40, 1), ("large", 48, 2)],
+)
+def test_every_tile_of_a_convolution(tile, channels, groups, splits, dtype, monkeypatch):
+    plans = cut(monkeypatch, tile, splits)
+    generator = torch.Generator().manual_seed(channels)
+    weight = make_weight((70 * groups, channels // groups, 3, 3), dtype, generator)
+    x = torch.randn((2, channels, 9, 11), generator=generator).to(dtype)
+    residual = torch.randn((2, 70 * groups, 9, 6), generator=generator).to(dtype)
+    args = (x, weight.values, weight.meta, make_bias(70 * groups, dtype, generator), residual)
+    kwargs = {"kernel_size": 3, "padding": 1, "stride": (1, 2), "groups": groups, "activation": "relu"}
+    assert_result(CONV, call(CONV, args, kwargs), args, kwargs)
+    assert [plan.splits for plan in plans] == [splits]
+
+
+@pytest.mark.parametrize("op", [LINEAR, CONV], ids=lambda op: op.name)
+def test_f32_where_torch_allows_bf16(op, native):
+    args, kwargs = case_of(op, "residual").make(torch.float32)
+    rounded = [arg.bfloat16().float() if i < 2 else arg for i, arg in enumerate(args)]
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        y = call(op, args, kwargs)
+        kernel = cuda.kernel_name(moved(args[0], GPU))
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert f"{op.name}_cuda" in native.taken()
+    assert kernel.startswith("cuda mma.sp, in bfloat16")
+    assert y.dtype is torch.float32
+    assert_close(host(y), expect(op, rounded, kwargs))
+
+
+@pytest.mark.filterwarnings("ignore:.*plain torch reference")
+@pytest.mark.parametrize(
+    ("op", "case", "dtype", "forward", "backward"),
+    [
+        (LINEAR, "tail", torch.float16, ["linear"], ["grad_values", "to_dense"]),
+        (LINEAR, "tail", torch.float32, ["to_dense"], ["to_dense"]),
+        (LINEAR, "tail", torch.float64, [], []),
+        (LINEAR, "empty", torch.float16, [], ["to_dense"]),
+        (LINEAR, "no_rows", torch.float16, [], []),
+        (LINEAR, "no_features", torch.float16, [], []),
+        (CONV, "tail", torch.float16, ["conv"], ["to_dense"]),
+        (CONV, "depthwise", torch.float16, ["to_dense"], ["to_dense"]),
+        (CONV, "empty", torch.float16, [], ["to_dense"]),
+        (INT8, "tail", torch.float16, ["linear"], None),
+        (REGISTRY["nm24_compress"], "tail", torch.float16, ["compress"], None),
+        (REGISTRY["nm24_to_dense"], "tail", torch.float16, ["to_dense"], []),
+        (REGISTRY["nm24_grad_values"], "tail", torch.float16, ["grad_values"], ["linear", "to_dense"]),
+    ],
+)
+def test_who_is_called(op, case, dtype, forward, backward, native):
+    def called():
+        return sorted(name.removeprefix("nm24_").removesuffix("_cuda") for name in native.taken())
+
+    args, kwargs = case_of(op, case).make(dtype)
+    args = [moved(arg, GPU) for arg in args]
+    native.taken()
+    if backward is None:
+        op.fn(*args, **kwargs)
+        assert called() == forward
+        return
+    y = op.fn(*(a.requires_grad_() if a is not None and a.is_floating_point() else a for a in args), **kwargs)
+    assert called() == forward
+    y.sum().backward()
+    assert called() == backward
+
+
+def test_dense_can_be_asked_for(native, monkeypatch):
+    monkeypatch.setattr(_native, "impl", "dense")
+    monkeypatch.setattr(registry, "_warned", set())
+    for op in (LINEAR, CONV, INT8):
+        with pytest.warns(UserWarning, match=f"^{op.name}: SPARSEOPS_IMPL=dense asks for the dense exp"):
+            args, kwargs = case_of(op).make(torch.float16)
+            native.taken()
+            assert_result(op, call(op, args, kwargs), args, kwargs)
+        assert native.taken() == ["nm24_to_dense_cuda"]
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            call(op, args, kwargs)
+
+
+def test_a_weight_packed_on_the_gpu(native):
+    w = torch.randn(40, 20, 3, 3).half()
+    there = NM24.from_dense(w.to(GPU), prune="magnitude")
+    assert native.taken() == ["nm24_compress_cuda"]
+    native_values, native_meta = there.values.cpu(), there.meta.cpu()
+    values, meta = REGISTRY["nm24_compress"].reference(pack_columns(w))
+    assert torch.equal(native_values, values) and torch.equal(native_meta, meta)
+    assert torch.equal(NM24.from_dense(w.double().to(GPU), prune="magnitude").meta.cpu(), meta)
+    assert native.taken() == []
+
+
+def slabs_of(layer):
+    return {key: entry.tensor for key, entry in (derived._entries.get(layer.meta) or {}).items()}
+
+
+@pytest.mark.parametrize("make", [lambda: SparseLinear(40, 24), lambda: SparseConv2d(16, 24, 3, groups=1)])
+def test_a_layer_is_ready_where_it_comes_to_the_gpu(make, monkeypatch):
+    layer = make().half().to(GPU)
+    assert layer.kernel.startswith("cuda mma.sp")
+    ((key, slabs),) = slabs_of(layer).items()
+    assert key == (16, 1)
+    other = make().half()
+    layer.load_state_dict(other.state_dict())
+    assert slabs_of(layer)[key] is slabs, "at the same address"
+    x = torch.randn(3, 16, 5, 6) if isinstance(layer, SparseConv2d) else torch.randn(3, 40)
+    with torch.no_grad():
+        y = layer(x.half().to(GPU)).cpu()
+    torch.testing.assert_close(y, other.to_dense()(x.half()), rtol=1e-2, atol=1e-2)
+    assert layer.float().kernel.startswith("reference: no tensor core multiplies a float32 weight of 2:4")
+    grouped = SparseConv2d(16, 32, 3, groups=4).half().to(GPU)
+    assert grouped.kernel == "reference: the CUDA kernel needs 16 channels in each group, got 4"
+
+
+@pytest.mark.parametrize("op", [LINEAR, CONV], ids=lambda op: op.name)
+def test_a_changed_weight_is_seen(op):
+    args, kwargs = case_of(op).make(torch.float16)
+    there = [moved(arg, GPU) for arg in args]
+    op.fn(*there, **kwargs)
+    other = list(args)
+    other[1], other[2] = args[1].roll(1, 0), args[2].roll(1, 0)
+    there[1].copy_(other[1])
+    there[2].copy_(other[2])
+    assert_result(op, op.fn(*there, **kwargs), other, kwargs)
+
+
+def test_one_rounding():
+    """y of f16 is rounded once from the sum in f32, bias, residual and activation included."""
+    weight = NM24.from_dense(torch.eye(64)[:32].half())
+    x = torch.full((4, 64), 1.0).half()
+    bias = torch.full((32,), 2.0**-11).half()
+    residual = torch.full((4, 32), 2.0**-11).half()
+    y = call(LINEAR, (x, weight.values, weight.meta, bias, residual), {})
+    assert (host(y) == 1 + 2.0**-10).all()
+
+
+def test_the_harness_sees_a_wrong_result():
+    args, kwargs = case_of(LINEAR).make(torch.float16)
+    y = host(call(LINEAR, args, kwargs))
+    y[3, 4] += 0.1
+    expected = expect(LINEAR, args, kwargs)
+    assert isinstance(expected, Expected)
+    with pytest.raises(AssertionError, match="1 of 133 elements are off"):
+        assert_close(y, expected)
