@@ -1,11 +1,10 @@
 """The build: what it reads, what it refuses in one sentence, what it compiles how, what the module needs.
 
-Nothing is installed here. Compilers are stood in for by scripts, but for g++ in the last part.
+Nothing is installed here. Compilers are stood in for by scripts.
 """
 
 from __future__ import annotations
 
-import ctypes
 import importlib.util
 import os
 import re
@@ -14,7 +13,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 TREE = Path(__file__).resolve().parent.parent
@@ -362,59 +360,3 @@ def test_no_function_is_shared_between_instruction_sets():
         ).stdout
         weak = re.findall(r"^\S+ [Wu] (.+)$", text, re.MULTILINE)
         assert [name for name in weak if f"::{isa}::" not in name] == [], file.name
-
-
-HOST = """
-#include <cstdint>
-#define __device__
-#define __global__
-#define __launch_bounds__(threads)
-struct { unsigned x; } blockIdx, threadIdx;
-#include "cuda/nm24_to_dense.cuh"
-template <int kSize>
-void run(const void* values, const uint8_t* meta, void* dense, int64_t units) {
-  const int64_t kThreads = sparseops::NM24ToDenseConfig<kSize>::kThreads;
-  for (blockIdx.x = 0; blockIdx.x * kThreads < units; ++blockIdx.x)
-    for (threadIdx.x = 0; threadIdx.x < kThreads; ++threadIdx.x)
-      sparseops::nm24_to_dense_kernel<kSize>(values, meta, dense, units);
-}
-extern "C" void expand(int size, const void* values, const uint8_t* meta, void* dense, int64_t units) {
-  (size == 1 ? run<1> : size == 2 ? run<2> : run<4>)(values, meta, dense, units);
-}
-"""
-
-
-@pytest.fixture(scope="module")
-def kernel_on_the_host(tmp_path_factory):
-    """The CUDA kernel as a plain function: compiled by g++, its threads run one after the other."""
-    compiler = shutil.which("g++", path=SYSTEM_PATH)
-    if not compiler:
-        pytest.skip("no g++ on this machine")
-    folder = tmp_path_factory.mktemp("host")
-    (folder / "host.cpp").write_text(HOST)
-    command = [compiler, "-std=c++17", "-O1", "-shared", "-fPIC", f"-I{CSRC}", "-Wno-unknown-pragmas"]
-    subprocess.run([*command, "-o", str(folder / "host.so"), str(folder / "host.cpp")], check=True)
-    return ctypes.CDLL(str(folder / "host.so")).expand
-
-
-@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.uint32])
-@pytest.mark.parametrize(("rows", "cols"), [(1, 32), (7, 96), (33, 512)])
-def test_nm24_to_dense_kernel_on_the_host(kernel_on_the_host, dtype, rows, cols):
-    random = np.random.default_rng(rows)
-    size = np.dtype(dtype).itemsize
-    low, high = np.array([(0, 1), (0, 2), (1, 2), (0, 3), (1, 3), (2, 3)])[
-        random.integers(6, size=(rows, cols // 4))
-    ].transpose(2, 0, 1)
-    values = random.integers(1, 255, size=(rows, cols // 4, 2)).astype(dtype)
-    nibbles = (low | high << 2).astype(np.uint8)
-    meta = np.ascontiguousarray(nibbles[:, 0::2] | nibbles[:, 1::2] << 4)
-    expected = np.zeros((rows, cols // 4, 4), dtype)
-    np.put_along_axis(expected, np.stack([low, high], -1), values, -1)
-
-    block = 256 * 16 // size  # elements of dense that one block of threads could write
-    dense = np.full(rows * cols + block, 0xAB, dtype)  # what lies behind must stay as it is
-    values, meta = np.pad(values.ravel(), (0, block)), np.pad(meta.ravel(), (0, block))
-    arrays = [ctypes.c_void_p(array.ctypes.data) for array in (values, meta, dense)]
-    kernel_on_the_host(size, *arrays, ctypes.c_int64(rows * cols * size // 16))
-    np.testing.assert_array_equal(dense[:-block], expected.ravel())
-    assert (dense[-block:] == 0xAB).all()

@@ -231,7 +231,7 @@ memory::Range shared_variables() {
     const ElfW(Phdr)* variables = nullptr;
     bool is_ours = false;
     for (int i = 0; i < module->dlpi_phnum; ++i) {
-      const ElfW(Phdr)& part = module->dlpi_phdr[i];
+      const ElfW(Phdr) & part = module->dlpi_phdr[i];
       if (part.p_type == PT_TLS) variables = &part;
       const ElfW(Addr) begin = module->dlpi_addr + part.p_vaddr;
       if (part.p_type == PT_LOAD && here >= begin && here < begin + part.p_memsz) is_ours = true;

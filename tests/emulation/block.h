@@ -56,14 +56,14 @@ struct Thread {
   unsigned id = 0, lane = 0;
   uint3 index{};
   Warp* warp = nullptr;
-  void* position = nullptr;        // of its stack, while another thread runs
-  const Meeting* wait = nullptr;   // goes on once this meeting's generation is past `seen`
+  void* position = nullptr;       // of its stack, while another thread runs
+  const Meeting* wait = nullptr;  // goes on once this meeting's generation is past `seen`
   std::uint64_t seen = 0;
-  const char* operation = "";      // what it waits in
-  const void* site = nullptr;      // the emulated instruction that it reached last
+  const char* operation = "";  // what it waits in
+  const void* site = nullptr;  // the emulated instruction that it reached last
   bool done = false;
-  std::vector<Copy> open_copies;               // issued
-  std::deque<std::vector<Copy>> copy_groups;   // committed
+  std::vector<Copy> open_copies;              // issued
+  std::deque<std::vector<Copy>> copy_groups;  // committed
 
   bool can_run() const { return !done && (!wait || wait->generation != seen); }
 };
@@ -80,7 +80,8 @@ class Combine {
  public:
   template <class F>
   Combine(const F& f)
-      : function_(&f), call_([](const void* function, const Lanes& lanes) { (*static_cast<const F*>(function))(lanes); }) {}
+      : function_(&f),
+        call_([](const void* function, const Lanes& lanes) { (*static_cast<const F*>(function))(lanes); }) {}
   void operator()(const Lanes& lanes) const { call_(function_, lanes); }
 
  private:

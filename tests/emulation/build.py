@@ -38,7 +38,8 @@ COMMON = (
     "-std=c++20 -g1 -gdwarf-4 -fPIC -fno-strict-aliasing -fno-optimize-sibling-calls "
     "-Wall -Wextra -Wno-unknown-pragmas -Wno-psabi"
 )
-SANITIZE = "-fsanitize=address,undefined -fno-sanitize-recover=undefined"
+ADDRESS = "-fsanitize=address"
+SANITIZE = f"{ADDRESS} -fsanitize=undefined -fno-sanitize-recover=undefined"
 KNOWN = "-DEMU_SHARED_VARIABLES_KNOWN"
 
 
@@ -53,9 +54,12 @@ class Build:
 
 BUILDS = {
     "plain": Build(f"-O2 {KNOWN}", f"-O1 {KNOWN}"),
-    "asan": Build(f"-O1 {SANITIZE}", f"-O1 {SANITIZE}", f"-pie {SANITIZE}"),
-    # the race check stands in for the ThreadSanitizer's library, so the link must not ask for that
-    "race": Build(f"-O2 -DEMU_CHECK_MEMORY {KNOWN}", f"-O1 -DEMU_CHECK_MEMORY {KNOWN} -fsanitize=thread"),
+    "asan": Build(f"-O1 {ADDRESS}", f"-O1 {SANITIZE}", f"-pie {SANITIZE}"),
+    # The race check stands in for the ThreadSanitizer's library, so the link must not ask for that. Without -fno-tree-sra
+    # a uint4 would be counted as four loads.
+    "race": Build(
+        f"-O2 -DEMU_CHECK_MEMORY {KNOWN}", f"-O1 -DEMU_CHECK_MEMORY {KNOWN} -fsanitize=thread -fno-tree-sra"
+    ),
     "module": Build("-O2 -fvisibility=hidden", "-O2 -fvisibility=hidden"),
 }
 TEST_BUILDS = ("plain", "asan", "race")
@@ -65,19 +69,28 @@ def unsupported() -> str | None:
     """Why the emulator cannot run here, or None."""
     if sys.platform != "linux" or platform.machine() != "x86_64":
         return "the emulator of the CUDA kernels switches stacks on x86-64 Linux alone"
-    compiler = " ".join(toolchain.cxx())
-    if not toolchain.cxx_accepts(toolchain.cxx(), "-std=c++20 -fsanitize=thread --param=tsan-distinguish-volatile=0"):
-        return f"{compiler} is not g++ 12 or later, whose -fsanitize=thread the emulator builds on"
+    try:
+        compiler = toolchain.cxx()
+    except SystemExit as missing:
+        return str(missing)
+    # a parameter that g++ has and clang++ does not
+    if not toolchain.cxx_accepts(compiler, "-std=c++20 -fsanitize=thread --param=tsan-distinguish-volatile=0"):
+        return f"{' '.join(compiler)} is not a g++ of 12 or later, on whose -fsanitize=thread the emulator builds"
     return None
+
+
+def wheel_folders() -> list[Path]:
+    """Where NVIDIA's wheels are installed."""
+    spec = importlib.util.find_spec("nvidia")
+    return [Path(folder) for folder in (spec.submodule_search_locations or [])] if spec else []
 
 
 def cuda_include() -> Path:
     """CUDA's headers: those of nvcc's toolkit, else of NVIDIA's wheels."""
     nvcc, _ = toolchain.system_nvcc()
     folders = [nvcc.root() / "include"] if nvcc else []
-    spec = importlib.util.find_spec("nvidia")
-    for folder in (spec.submodule_search_locations or []) if spec else []:
-        folders += sorted(Path(folder).glob("cu[0-9]*/include"), reverse=True)
+    for folder in wheel_folders():
+        folders += sorted(folder.glob("cu[0-9]*/include"), reverse=True)
     needed = ("cuda_runtime.h", "cuda_fp16.h", "cuda_bf16.h", "crt/host_defines.h", "nv/target")
     for folder in folders:
         if all((folder / name).exists() for name in needed):
@@ -123,10 +136,11 @@ class Writer:
             "  description = LINK $out",
         ]
 
-    def compile(self, source: Path, build: str, flags: str) -> str:
+    def compile(self, source: Path, build: str, flags: str, after: str = "") -> str:
         target = f"{build}/obj/{relative_name(source)}.o"
-        if f"build {target}: cxx {relative(source)}" not in self.lines:
-            self.lines += [f"build {target}: cxx {relative(source)}", f"  flags = {flags}"]
+        line = f"build {target}: cxx {relative(source)}{after}"
+        if line not in self.lines:
+            self.lines += [line, f"  flags = {flags}"]
         return target
 
     def emulator(self, build: str) -> list[str]:
@@ -135,9 +149,17 @@ class Writer:
         return [self.compile(source, build, f"$common {BUILDS[build].emulator}") for source in sources]
 
     def kernel(self, source: Path, build: str) -> str:
-        # nvcc includes its runtime before everything, and we the emulator's
-        flags = f"$common {BUILDS[build].kernels} -include cuda_emulation.h '-DSPARSEOPS_CUDA_ARCHS=\"80\"' -x c++"
-        return self.compile(source, build, flags)
+        # nvcc includes its runtime before everything, and we the emulator's, precompiled
+        flags = f"{self.kernel_flags(build)} -I{build} -include cuda_emulation.h '-DSPARSEOPS_CUDA_ARCHS=\"80\"' -x c++"
+        return self.compile(source, build, flags, f" | {build}/cuda_emulation.h.gch")
+
+    def kernel_flags(self, build: str) -> str:
+        return f"$common {BUILDS[build].kernels}"
+
+    def precompile(self, build: str) -> None:
+        header = relative(EMULATION / "cuda_emulation.h")
+        flags = f"{self.kernel_flags(build)} -x c++-header"
+        self.lines += [f"build {build}/cuda_emulation.h.gch: cxx {header}", f"  flags = {flags}"]
 
     def link(self, target: str, objects: list[str], flags: str) -> None:
         self.lines += [f"build {target}: link {' '.join(objects)}", f"  flags = {flags}"]
@@ -189,9 +211,11 @@ def build(builds: list[str], names: list[str]) -> int:
     with toolchain.tree_lock(TREE):
         writer = Writer()
         for kind in TEST_BUILDS:
+            writer.precompile(kind)
             for name in tests():
                 writer.test(name, kind)
         if "module" in builds:
+            writer.precompile("module")
             writer.module()
         (FOLDER / "build.ninja").write_text("\n".join([*writer.lines, ""]))
         jobs, _ = toolchain.jobs()

@@ -150,13 +150,9 @@ using emu::block;
 
 void __syncthreads() { block().barrier("__syncthreads", EMU_SITE); }
 
-int __syncthreads_count(int predicate) {
-  return block().barrier_sum("__syncthreads_count", predicate != 0, EMU_SITE);
-}
+int __syncthreads_count(int predicate) { return block().barrier_sum("__syncthreads_count", predicate != 0, EMU_SITE); }
 
-int __syncthreads_and(int predicate) {
-  return block().barrier_sum("__syncthreads_and", predicate == 0, EMU_SITE) == 0;
-}
+int __syncthreads_and(int predicate) { return block().barrier_sum("__syncthreads_and", predicate == 0, EMU_SITE) == 0; }
 
 int __syncthreads_or(int predicate) { return block().barrier_sum("__syncthreads_or", predicate != 0, EMU_SITE) != 0; }
 

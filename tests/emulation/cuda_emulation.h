@@ -111,22 +111,22 @@ EMU_INLINE T __shfl_xor_sync(unsigned mask, T v, int bits, int width = 32) {
   return v;
 }
 
-#define EMU_LOAD(name, access)                    \
-  template <class T>                              \
-  EMU_INLINE T name(const T* p) {                 \
-    alignas(T) unsigned char bytes[sizeof(T)];    \
-    emu::load(bytes, p, sizeof(T), access);       \
-    return *reinterpret_cast<const T*>(bytes);    \
+#define EMU_LOAD(name, access)                 \
+  template <class T>                           \
+  EMU_INLINE T name(const T* p) {              \
+    alignas(T) unsigned char bytes[sizeof(T)]; \
+    emu::load(bytes, p, sizeof(T), access);    \
+    return *reinterpret_cast<const T*>(bytes); \
   }
 EMU_LOAD(__ldg, emu::memory::Access::read_only)
 EMU_LOAD(__ldca, emu::memory::Access::read)
 EMU_LOAD(__ldcg, emu::memory::Access::read)
 EMU_LOAD(__ldcs, emu::memory::Access::read)
 #undef EMU_LOAD
-#define EMU_STORE(name)                                                     \
-  template <class T>                                                        \
-  EMU_INLINE void name(T* p, std::type_identity_t<T> v) {                   \
-    emu::store(p, &v, sizeof v);                                            \
+#define EMU_STORE(name)                                   \
+  template <class T>                                      \
+  EMU_INLINE void name(T* p, std::type_identity_t<T> v) { \
+    emu::store(p, &v, sizeof v);                          \
   }
 EMU_STORE(__stcg)
 EMU_STORE(__stcs)
@@ -135,13 +135,13 @@ EMU_STORE(__stwt)
 #undef EMU_STORE
 
 // Fibers change places only where they wait: plain arithmetic is atomic, and relaxed, as CUDA's atomics are.
-#define EMU_ATOMIC(name, result)                                                         \
-  template <class T>                                                                     \
-  [[gnu::noinline, gnu::no_sanitize_thread]] T name(T* p, std::type_identity_t<T> v) {   \
-    emu::relaxed_atomic(p, sizeof(T), EMU_SITE);                                         \
-    const T old = *p;                                                                    \
-    *p = result;                                                                         \
-    return old;                                                                          \
+#define EMU_ATOMIC(name, result)                                                       \
+  template <class T>                                                                   \
+  [[gnu::noinline, gnu::no_sanitize_thread]] T name(T* p, std::type_identity_t<T> v) { \
+    emu::relaxed_atomic(p, sizeof(T), EMU_SITE);                                       \
+    const T old = *p;                                                                  \
+    *p = result;                                                                       \
+    return old;                                                                        \
   }
 EMU_ATOMIC(atomicAdd, old + v)
 EMU_ATOMIC(atomicSub, old - v)

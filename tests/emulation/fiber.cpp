@@ -41,8 +41,8 @@ sparseops_emulation_switch:
 namespace sparseops_emulation {
 
 Stack::Stack()
-    : base_(static_cast<std::byte*>(mmap(nullptr, kGuard + kBytes, PROT_READ | PROT_WRITE,
-                                         MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0))) {
+    : base_(static_cast<std::byte*>(
+          mmap(nullptr, kGuard + kBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0))) {
   if (base_ == MAP_FAILED || mprotect(base_, kGuard, PROT_NONE) != 0) throw std::bad_alloc();
 }
 

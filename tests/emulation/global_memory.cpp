@@ -1,7 +1,7 @@
 // The buffers that a test has announced as global memory. See memory_check.h.
-#include <map>
-
 #include "global_memory.h"
+
+#include <map>
 
 namespace sparseops_emulation::memory {
 namespace {

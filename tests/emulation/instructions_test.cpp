@@ -12,9 +12,13 @@ struct Place {
   int row, column;
 };
 // The 16-bit A of m16n8k16, and the compressed A of m16n8k32: element e of a lane's eight.
-Place a16(int lane, int e) { return {lane / 4 + (e == 2 || e == 3 || e > 5 ? 8 : 0), lane % 4 * 2 + e % 2 + (e > 3 ? 8 : 0)}; }
+Place a16(int lane, int e) {
+  return {lane / 4 + (e == 2 || e == 3 || e > 5 ? 8 : 0), lane % 4 * 2 + e % 2 + (e > 3 ? 8 : 0)};
+}
 Place b16(int lane, int e) { return {e / 2 * 8 + lane % 4 * 2 + e % 2, lane / 4}; }
-Place a8(int lane, int e) { return {lane / 4 + (e / 4 == 1 || e / 4 == 3 ? 8 : 0), lane % 4 * 4 + e % 4 + (e > 7 ? 16 : 0)}; }
+Place a8(int lane, int e) {
+  return {lane / 4 + (e / 4 == 1 || e / 4 == 3 ? 8 : 0), lane % 4 * 4 + e % 4 + (e > 7 ? 16 : 0)};
+}
 Place b8(int lane, int e) { return {e / 4 * 16 + lane % 4 * 4 + e % 4, lane / 4}; }
 Place d32(int lane, int i) { return {lane / 4 + (i > 1 ? 8 : 0), lane % 4 * 2 + i % 2}; }
 
@@ -144,8 +148,10 @@ __global__ void sparse_mma(const uint32_t* a, const uint32_t* b, const uint32_t*
     rb[i] = b[4 * threadIdx.x + i];
     rd[i] = d[4 * threadIdx.x + i];
   }
-  if constexpr (sizeof(T) == 1) ptx::mma_sp_m16n8k64(rd, ra, rb, metadata[threadIdx.x]);
-  else ptx::mma_sp_m16n8k32<T, selector>(rd, ra, rb, metadata[threadIdx.x]);
+  if constexpr (sizeof(T) == 1)
+    ptx::mma_sp_m16n8k64(rd, ra, rb, metadata[threadIdx.x]);
+  else
+    ptx::mma_sp_m16n8k32<T, selector>(rd, ra, rb, metadata[threadIdx.x]);
   for (int i = 0; i < 4; ++i) d[4 * threadIdx.x + i] = rd[i];
 }
 
@@ -229,8 +235,14 @@ void bytes(emu::Tests& tests) {
     emu::Random random(6);
     const Sparse s = worked_example(64);
     const auto metadata = metadata8(s);
-    expect_words(metadata, {{0, 0x84ED9C84}, {1, 0x9C84ED9C}, {2, 0x9C84ED9C}, {3, 0xED9C84ED},
-                            {4, 0xC84ED9C8}, {5, 0xD9C84ED9}, {6, 0xD9C84ED9}, {7, 0x4ED9C84E}});
+    expect_words(metadata, {{0, 0x84ED9C84},
+                            {1, 0x9C84ED9C},
+                            {2, 0x9C84ED9C},
+                            {3, 0xED9C84ED},
+                            {4, 0xC84ED9C8},
+                            {5, 0xD9C84ED9},
+                            {6, 0xD9C84ED9},
+                            {7, 0x4ED9C84E}});
     sparse8(s, metadata, random);
   });
   tests.run("s8 sparse m16n8k64, random", [] {
@@ -305,12 +317,10 @@ void loads(emu::Tests& tests) {
     expect_loaded(false);
   });
   tests.run("ldmatrix at a wrong address", [&] {
-    emu::expect_error("ldmatrix: the shared address", [&] {
-      emu::run(load_matrices<false>, 1, 32, 528, in.data(), out.data(), 8);
-    });
-    emu::expect_error("lies outside the 512 bytes", [&] {
-      emu::run(load_matrices<false>, 1, 32, 512, in.data(), out.data(), 16);
-    });
+    emu::expect_error("ldmatrix: the shared address",
+                      [&] { emu::run(load_matrices<false>, 1, 32, 528, in.data(), out.data(), 8); });
+    emu::expect_error("lies outside the 512 bytes",
+                      [&] { emu::run(load_matrices<false>, 1, 32, 512, in.data(), out.data(), 16); });
     emu::expect_error("lies outside", [&] { emu::run(load_matrices_at, 1, 32, 512, 0u); });
   });
   tests.run("a shared address of what is not shared", [&] {
@@ -391,15 +401,16 @@ void background(emu::Tests& tests) {
     emu::run(copy_groups, 1, 1, 48, in.data(), out.data());
     emu::expect_equal(out, std::vector<uint4>{in[0], in[1], in[2]});
   });
-  tests.run("cp.async never waited for", [&] {
-    emu::expect_error("never waited for", [&] { emu::run(copy_without_wait, 1, 1, 16, in.data()); });
-  });
+  tests.run("cp.async never waited for",
+            [&] { emu::expect_error("never waited for", [&] { emu::run(copy_without_wait, 1, 1, 16, in.data()); }); });
   tests.run("ld.global.nc", [&] {
     emu::run(stream, 1, 1, 0, static_cast<const void*>(&in[2]), out.data());
     emu::expect_equal_bytes(out.data(), &in[2], 1, 16);
-    emu::expect_error("outside every", [&] { emu::run(stream, 1, 1, 0, static_cast<const void*>(&in[3]), out.data()); });
+    emu::expect_error("outside every",
+                      [&] { emu::run(stream, 1, 1, 0, static_cast<const void*>(&in[3]), out.data()); });
     const auto shifted = reinterpret_cast<const char*>(in.data()) + 8;
-    emu::expect_error("no multiple of 16", [&] { emu::run(stream, 1, 1, 0, static_cast<const void*>(shifted), out.data()); });
+    emu::expect_error("no multiple of 16",
+                      [&] { emu::run(stream, 1, 1, 0, static_cast<const void*>(shifted), out.data()); });
   });
 }
 

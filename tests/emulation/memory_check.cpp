@@ -86,9 +86,10 @@ void report(const char* memory, std::ptrdiff_t offset, const char* first, const 
   constexpr std::size_t kEnough = 8;
   if (races.size() >= kEnough || races.contains({e.site, site})) return;
   const char* kind = e.block == block_number ? "" : " between blocks";
-  races[{e.site, site}] = "data race" + std::string(kind) + " in " + memory + " memory, byte " + std::to_string(offset) +
-                          ":\n  " + first + " by " + name_of(e.block, e.thread) + " at " + describe(e.site) + "\n  " +
-                          second + " by " + name_of(block_number, current) + " at " + describe(site) + "\n";
+  races[{e.site, site}] = "data race" + std::string(kind) + " in " + memory + " memory, byte " +
+                          std::to_string(offset) + ":\n  " + first + " by " + name_of(e.block, e.thread) + " at " +
+                          describe(e.site) + "\n  " + second + " by " + name_of(block_number, current) + " at " +
+                          describe(site) + "\n";
 }
 
 const char* word(Access access) {

@@ -44,13 +44,13 @@ extern "C" void __tsan_func_exit() {}
 extern "C" void __tsan_init() {}
 
 // Atomics of the standard library (shared_ptr, guards of static variables): here nothing runs at the same time.
-#define ATOMIC_HOOKS(bits, type)                                                           \
-  extern "C" type __tsan_atomic##bits##_fetch_add(volatile type* p, type v, int) {         \
-    const type old = *p;                                                                   \
-    *p = static_cast<type>(old + v);                                                       \
-    return old;                                                                            \
-  }                                                                                        \
-  extern "C" type __tsan_atomic##bits##_load(const volatile type* p, int) { return *p; }   \
+#define ATOMIC_HOOKS(bits, type)                                                         \
+  extern "C" type __tsan_atomic##bits##_fetch_add(volatile type* p, type v, int) {       \
+    const type old = *p;                                                                 \
+    *p = static_cast<type>(old + v);                                                     \
+    return old;                                                                          \
+  }                                                                                      \
+  extern "C" type __tsan_atomic##bits##_load(const volatile type* p, int) { return *p; } \
   extern "C" void __tsan_atomic##bits##_store(volatile type* p, type v, int) { *p = v; }
 ATOMIC_HOOKS(8, std::uint8_t)
 ATOMIC_HOOKS(32, std::uint32_t)

@@ -110,6 +110,19 @@ void epilogue(const Shape& shape) {
   emu::expect_close(y, expected.y, expected.size);
 }
 
+// An infinity must reach its own row alone: columns past the last one are zeros, not what happens to be loaded.
+template <class T, int kTokens>
+void infinite_weight(const Shape& shape) {
+  Problem<T> problem(shape);
+  const int64_t column = problem.weight.meta[0] & 3;
+  problem.weight.values[0] = T(INFINITY);
+  problem.weight.dense[column] = INFINITY;
+  emu::Buffer<T> y(size_t(shape.tokens) * shape.rows);
+  problem.template run<kTokens>(problem.canonical(), only_round(kDType<T>), y.data());
+  const Expected expected = problem.expected([](double sum, int, int) { return sum; });
+  emu::expect_close(y, expected.y, expected.size);
+}
+
 // Slabs that end with the last 16-row tile, which is the first of its pair.
 template <class T, int kTokens>
 void tight_slabs(const Shape& shape) {
@@ -177,6 +190,7 @@ void cases(emu::Tests& tests, const char* type) {
   for (int splits : {2, 3, 4, 8, 9, 10}) named("sums", {40, kTokens + 1, 1100 / 8 * 8, splits}, sums<T, kTokens>);
   named("epilogue", {70, kTokens + 2, 264, 1}, epilogue<T, kTokens>);
   named("epilogue", {70, kTokens + 2, 264, 2}, epilogue<T, kTokens>);
+  named("infinite weight", {20, 3, 264, 1}, infinite_weight<T, kTokens>);
   named("same bits", {40, kTokens, 1100 / 8 * 8, 5}, same_bits<T, kTokens>);
   for (int rows : {16, 33, 48}) named("tight slabs", {rows, 2, 264, 1}, tight_slabs<T, kTokens>);
   for (int splits : {1, 3}) named("traffic", {96, 2 * kTokens, 2048, splits, 16}, traffic<T, kTokens>);

@@ -257,7 +257,9 @@ void mma_sp_m16n8k64(std::int32_t (&d)[4], const std::uint32_t (&a)[4], const st
       [](const Lanes& lanes) {
         std::int32_t A[16][32], B[64][8], sum[16][8] = {};
         std::uint8_t column[16][32];
-        const auto byte = [](const std::uint32_t* r, int e) { return static_cast<std::int8_t>(r[e / 4] >> 8 * (e % 4)); };
+        const auto byte = [](const std::uint32_t* r, int e) {
+          return static_cast<std::int8_t>(r[e / 4] >> 8 * (e % 4));
+        };
         for (int l = 0; l < 32; ++l) {
           const int g = l / 4, t = l % 4;
           const auto& lane = of<std::int32_t>(lanes, l);

@@ -107,27 +107,23 @@ void within_a_block(emu::Tests& tests) {
     expect_all(out, 1);
   });
   tests.run("a missing __syncwarp", [&] { expect_race("race in shared", go(exchange, out.data(), Order::none, 1)); });
-  tests.run("__syncwarp does not order warps", [&] {
-    expect_race("race in shared", go(exchange, out.data(), Order::warp, 64));
-  });
+  tests.run("__syncwarp does not order warps",
+            [&] { expect_race("race in shared", go(exchange, out.data(), Order::warp, 64)); });
   tests.run("a __shared__ variable", [&] {
     go(exchange_through_a_variable, out.data(), Order::warp)();
     expect_all(out, 1);
   });
-  tests.run("a __shared__ variable without a barrier", [&] {
-    expect_race("race in shared", go(exchange_through_a_variable, out.data(), Order::none));
-  });
+  tests.run("a __shared__ variable without a barrier",
+            [&] { expect_race("race in shared", go(exchange_through_a_variable, out.data(), Order::none)); });
   tests.run("a tile used again", [&] {
     go(use_again, out.data(), Order::block)();
     expect_all(out, 1);
   });
-  tests.run("a tile used again without a barrier", [&] {
-    expect_race("race in shared", go(use_again, out.data(), Order::none));
-  });
+  tests.run("a tile used again without a barrier",
+            [&] { expect_race("race in shared", go(use_again, out.data(), Order::none)); });
   tests.run("a write behind a barrier", [&] { go(write_behind_a_barrier, out.data(), Order::block)(); });
-  tests.run("a write behind a barrier that orders only what came before", [&] {
-    expect_race("race in shared", go(write_behind_a_barrier, out.data(), Order::none));
-  });
+  tests.run("a write behind a barrier that orders only what came before",
+            [&] { expect_race("race in shared", go(write_behind_a_barrier, out.data(), Order::none)); });
   tests.run("ldmatrix", [&] {
     emu::run(read_as_matrices, 1, 32, 512, words.data(), Order::warp);
     expect_all(words, 1u);
@@ -139,9 +135,8 @@ void within_a_block(emu::Tests& tests) {
     go(copy_then_read, in.data(), copies.data(), true, Order::block)();
     emu::expect_equal(copies, std::vector<uint4>(kThreads, {7, 7, 7, 7}));
   });
-  tests.run("cp.async without a barrier", [&] {
-    expect_race("race in shared", go(copy_then_read, in.data(), copies.data(), true, Order::none));
-  });
+  tests.run("cp.async without a barrier",
+            [&] { expect_race("race in shared", go(copy_then_read, in.data(), copies.data(), true, Order::none)); });
   tests.run("cp.async without a wait", [&] {
     expect_race("race in shared", go(copy_then_read, in.data(), copies.data(), false, Order::block));
     if (!emu::memory::kChecked) {
@@ -150,9 +145,8 @@ void within_a_block(emu::Tests& tests) {
     }
   });
   tests.run("cp.async into a tile that was read", go(copy_too_soon, in.data(), copies.data(), Order::block));
-  tests.run("cp.async into a tile that is being read", [&] {
-    expect_race("race in shared", go(copy_too_soon, in.data(), copies.data(), Order::none));
-  });
+  tests.run("cp.async into a tile that is being read",
+            [&] { expect_race("race in shared", go(copy_too_soon, in.data(), copies.data(), Order::none)); });
 }
 
 // ---- between blocks
@@ -162,13 +156,17 @@ __global__ void all_write(int* out) {
 }
 
 __global__ void first_writes_others_read(int* data, int* out) {
-  if (blockIdx.x == 0) data[threadIdx.x] = 1;
-  else out[threadIdx.x] = data[threadIdx.x];
+  if (blockIdx.x == 0)
+    data[threadIdx.x] = 1;
+  else
+    out[threadIdx.x] = data[threadIdx.x];
 }
 
 __global__ void first_reads_last_writes(int* data, int* out) {
-  if (blockIdx.x == 0) out[threadIdx.x] = data[threadIdx.x];
-  else data[threadIdx.x] = 1;
+  if (blockIdx.x == 0)
+    out[threadIdx.x] = data[threadIdx.x];
+  else
+    data[threadIdx.x] = 1;
 }
 
 __global__ void count_blocks(unsigned* counter, int* out) {
@@ -241,13 +239,12 @@ void between_blocks(emu::Tests& tests) {
   const auto go = [&](auto kernel, unsigned blocks, auto... arguments) {
     return [=] { emu::run(kernel, blocks, kThreads, 0, arguments...); };
   };
-  tests.run("two blocks write one element", [&] { expect_race("between blocks in global", go(all_write, 2, out.data())); });
-  tests.run("a block reads what another wrote", [&] {
-    expect_race("between blocks in global", go(first_writes_others_read, 2, data.data(), out.data()));
-  });
-  tests.run("a block writes what another read", [&] {
-    expect_race("between blocks in global", go(first_reads_last_writes, 2, data.data(), out.data()));
-  });
+  tests.run("two blocks write one element",
+            [&] { expect_race("between blocks in global", go(all_write, 2, out.data())); });
+  tests.run("a block reads what another wrote",
+            [&] { expect_race("between blocks in global", go(first_writes_others_read, 2, data.data(), out.data())); });
+  tests.run("a block writes what another read",
+            [&] { expect_race("between blocks in global", go(first_reads_last_writes, 2, data.data(), out.data())); });
   tests.run("a launch reads what an earlier one wrote", [&] {
     go(first_writes_others_read, 1, data.data(), out.data())();
     go(first_reads_last_writes, 1, data.data(), out.data())();

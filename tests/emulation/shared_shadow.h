@@ -10,7 +10,7 @@ namespace sparseops_emulation::memory {
 class SharedByte {
  public:
   Epoch write;
-  Epoch copy;  // a cp.async on its way here
+  Epoch copy;                    // a cp.async on its way here
   std::uint32_t generation = 0;  // of the block that this tells about
 
   // Reads that happened before a later read need not be kept: whoever is ordered after that one is after them too.

@@ -43,6 +43,7 @@
 // A kernel written for here as well as for nvcc:
 //   - takes shared memory from ptx::dynamic_shared(), or declares `alignas(16) __shared__ T name[n]`, alignas first;
 //   - asks about types with `if constexpr`, never about __CUDA_ARCH__;
+//   - stores a vector as a whole, `*p = make_uint4(...)` or `*p = v`; `*p = {...}` would be counted as four stores;
 //   - has no thread wait for another block.
 #pragma once
 #include <cmath>
@@ -94,8 +95,10 @@ class Buffer {
 
 template <class T>
 double to_double(T v) {
-  if constexpr (std::is_arithmetic_v<T>) return static_cast<double>(v);
-  else return static_cast<double>(static_cast<float>(v));
+  if constexpr (std::is_arithmetic_v<T>)
+    return static_cast<double>(v);
+  else
+    return static_cast<double>(static_cast<float>(v));
 }
 
 class Random {
@@ -106,8 +109,10 @@ class Random {
   // One number: normally distributed, or for int8 anything.
   template <class T>
   T number() {
-    if constexpr (std::is_integral_v<T>) return static_cast<T>(engine_());
-    else return T(normal_(engine_));
+    if constexpr (std::is_integral_v<T>)
+      return static_cast<T>(engine_());
+    else
+      return T(normal_(engine_));
   }
   template <class T>
   Buffer<T> normal(std::size_t count) {

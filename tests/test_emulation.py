@@ -1,0 +1,114 @@
+"""The CUDA kernels on the CPU: every tests/emulation/*_test.cpp, in three builds and several orders of threads.
+
+Needs g++ 12 on x86-64 Linux, and CUDA's headers (the test extra brings them). tests/emulation/build.py builds by hand
+what is run here.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+EMULATION = Path(__file__).resolve().parent / "emulation"
+TIMEOUT = 300  # seconds: a kernel that never ends must not hold up the rest
+
+
+def load(name):
+    """A module of tests/emulation, whose names are too common to import."""
+    spec = importlib.util.spec_from_file_location(f"emulation_{name}", EMULATION / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+build = load("build")
+UNSUPPORTED = build.unsupported()
+needs_emulator = pytest.mark.skipif(UNSUPPORTED is not None, reason=str(UNSUPPORTED))
+
+# the plain build is quick, so it runs in four orders; AddressSanitizer's and the race check need no luck with them
+RUNS = [("plain", seed) for seed in range(4)] + [("asan", 0), ("race", 0)]
+RUN_IDS = [f"{kind}-seed{seed}" if kind == "plain" else kind for kind, seed in RUNS]
+
+
+def run_program(program, seed=0, arguments=()):
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("EMU_")}
+    command = [str(program), *arguments]
+    try:
+        return subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=TIMEOUT,
+            env={**environment, "EMU_SEED": str(seed)},
+        )
+    except subprocess.TimeoutExpired as late:
+        said = (late.stdout or b"").decode(errors="replace")
+        return subprocess.CompletedProcess(command, 124, said, f"still running after {TIMEOUT} s")
+
+
+def run_build(*arguments):
+    command = [sys.executable, str(EMULATION / "build.py"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="session")
+def results(request):
+    """What the collected tests will ask for: built at once, run two at a time, waited for one by one."""
+    asked = [
+        tuple(item.callspec.params[name] for name in ("name", "run"))
+        for item in request.session.items
+        if item.function is test_kernel
+    ]
+    names = sorted({name for name, _ in asked})
+    kinds = sorted({kind for _, (kind, _) in asked})
+    all_built = run_build(*kinds, *names).returncode == 0
+
+    def result_of(name, kind, seed):
+        # ninja leaves an old program where the new one does not compile
+        if not all_built and (built := run_build(kind, name)).returncode:
+            return built
+        return run_program(build.program(kind, name), seed)
+
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        futures = {(name, run): pool.submit(result_of, name, *run) for name, run in asked}
+        yield futures
+        for future in futures.values():
+            future.cancel()
+
+
+@needs_emulator
+@pytest.mark.parametrize("run", RUNS, ids=RUN_IDS)
+@pytest.mark.parametrize("name", build.tests())
+def test_kernel(results, name, run):
+    result = results[name, run].result()
+    # the failed cases, and what a sanitizer says; the cases that passed are of no interest
+    report = [line for line in result.stdout.splitlines() if not line.startswith("ok ")]
+    assert result.returncode == 0, "\n".join([*report, result.stderr])
+    assert "ok " in result.stdout
+
+
+def test_every_kernel_has_a_test():
+    kernels = {path.stem for path in (build.CSRC / "cuda").glob("*.cu")} - {"device"}
+    assert kernels <= {name.removesuffix("_test") for name in build.tests()}
+
+
+@needs_emulator
+def test_headers_come_from_the_wheels_where_there_is_no_toolkit(monkeypatch, tmp_path):
+    headers = tmp_path / "nvidia" / "cu13" / "include"
+    for name in ("cuda_runtime.h", "cuda_fp16.h", "cuda_bf16.h", "crt/host_defines.h", "nv/target"):
+        (headers / name).parent.mkdir(parents=True, exist_ok=True)
+        (headers / name).touch()
+    monkeypatch.setattr(build.toolchain, "system_nvcc", lambda: (None, "no nvcc was found"))
+    monkeypatch.setattr(build, "wheel_folders", lambda: [tmp_path / "nvidia"])
+    assert build.cuda_include() == headers
+    (headers / "nv" / "target").unlink()
+    with pytest.raises(SystemExit, match=r"CUDA's headers were not found: pip install 'nvidia-cuda-runtime"):
+        build.cuda_include()
