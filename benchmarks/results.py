@@ -104,11 +104,13 @@ def append(rows: Iterable[Row], root: Path = RESULTS) -> list[Path]:
 
 
 def read(root: Path = RESULTS) -> list[Row]:
-    """Every row under ``root``, oldest first."""
+    """Every row under ``root``, oldest first; tables of other columns, those of a GPU, are passed over."""
+    names = {field.name for field in fields(Row)}
     rows = []
     for file in sorted(root.glob("*/*.csv")):
         with file.open(newline="") as stream:
-            rows += [_parse(line) for line in csv.DictReader(stream)]
+            lines = csv.DictReader(stream)
+            rows += [_parse(line) for line in lines if names <= line.keys()]
     return sorted(rows, key=lambda row: row.date)
 
 

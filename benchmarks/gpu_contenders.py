@@ -1,0 +1,261 @@
+"""Who competes at a layer on a GPU: our kernels, with the plan of the rule table and with others, and what
+torch offers.
+
+The dense baseline multiplies a weight without zeros, as the model before pruning has it: a GPU that
+multiplies zeros draws less power and clocks higher. The other peers get the pruned weight.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.gpu_results import OURS
+from benchmarks.gpu_shapes import GpuWork
+from benchmarks.gpu_time import Call
+from benchmarks.shapes import Linear
+from sparseops import _native
+from sparseops.formats import NM24
+from sparseops.ops import REGISTRY, dispatch
+
+SPARSE_BYTES, DENSE_BYTES = 1.125, 2.0  # of a 16-bit weight, per element of the dense one
+SPARSE_INT8_BYTES = 0.625
+WIDEST_FEW = 4  # a tile for few tokens is tried up to this many times its tokens
+MOST_SPLITS = 16
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A way to compute a layer. ``make`` prepares it and gives the call to time; both may fail.
+
+    pruned: whether it multiplies the pruned weight, and so can be held against the reference.
+    """
+
+    name: str
+    make: Callable[[], Call]
+    plan: str = ""
+    picked: bool = False
+    pruned: bool = True
+    weight_bytes: float = SPARSE_BYTES
+
+    @property
+    def ours(self) -> bool:
+        return self.name == OURS
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """A layer's random data: what the op is called with, the weight before pruning, and that after it."""
+
+    args: tuple[Any, ...]
+    options: dict[str, Any]
+    dense: Tensor
+    pruned: Callable[[], Tensor]
+
+    @property
+    def x(self) -> Tensor:
+        return self.args[0]
+
+
+def inputs(work: GpuWork, device: torch.device) -> Inputs:
+    """Normally distributed, none of it zero but what pruning removes."""
+    layer, dtype = work.layer, work.dtype
+    generator = torch.Generator(device).manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, device=device)
+
+    if isinstance(layer, Linear):
+        if dtype is torch.int8:
+            return _byte_inputs(layer, normal)
+        shape: tuple[int, ...] = (layer.outputs, layer.inputs)
+        x, options = normal(layer.tokens, layer.inputs).to(dtype), {}
+    else:
+        shape = (layer.outputs, layer.channels, layer.kernel, layer.kernel)
+        x = normal(layer.batch, layer.channels, layer.side, layer.side).to(dtype)
+        x = x.contiguous(memory_format=torch.channels_last)
+        options = {"kernel_size": layer.kernel, "padding": layer.kernel // 2, "stride": layer.stride}
+    fan_in = torch.Size(shape[1:]).numel()
+    dense = (normal(*shape) * (2 / fan_in) ** 0.5).to(dtype)
+    packed = NM24.from_dense(dense, prune="magnitude")
+    return Inputs((x, packed.values, packed.meta), options, dense, packed.to_dense)
+
+
+def _byte_inputs(layer: Linear, normal: Callable[..., Tensor]) -> Inputs:
+    def quantized(*shape: int) -> Tensor:
+        steps = (normal(*shape) * 32).round().clamp(-127, 127)
+        return torch.where(steps == 0, 1, steps)
+
+    x, dense = quantized(layer.tokens, layer.inputs).to(torch.int8), quantized(layer.outputs, layer.inputs)
+    packed = NM24.from_dense(dense, prune="magnitude")
+    scales = normal(1).abs() / 64, normal(layer.outputs).abs() / layer.inputs
+    return Inputs(
+        (x, packed.values.to(torch.int8), packed.meta, *scales),
+        {"out_dtype": torch.bfloat16},
+        dense.to(torch.int8),
+        lambda: packed.to_dense().to(torch.int8),
+    )
+
+
+def peers(work: GpuWork, data: Inputs) -> list[Contender]:
+    """What torch offers, the dense baseline first."""
+    if not isinstance(work.layer, Linear):
+        return [Contender("cudnn", lambda: _cudnn(data), pruned=False, weight_bytes=DENSE_BYTES)]
+    if work.dtype is torch.int8:  # sums that are not scaled, so not what the op gives
+        sparse = SPARSE_INT8_BYTES
+        return [
+            Contender("cublas int8", lambda: _int_mm(data), pruned=False, weight_bytes=1.0),
+            Contender("cusparselt int8", lambda: _semi_structured(data, False), "", False, False, sparse),
+        ]
+    found = [Contender("cublas", lambda: _linear(data.x, data.dense), pruned=False, weight_bytes=DENSE_BYTES)]
+    if work.source == "square":
+        pruned = Contender(
+            "cublas, pruned weight", lambda: _linear(data.x, data.pruned()), weight_bytes=DENSE_BYTES
+        )
+        found.append(pruned)
+    return [
+        *found,
+        Contender("cusparselt", lambda: _semi_structured(data, cutlass=False)),
+        Contender("cusparselt, searched", lambda: _searched(data)),
+        Contender("torch cutlass", lambda: _semi_structured(data, cutlass=True)),
+    ]
+
+
+def _linear(x: Tensor, weight: Tensor) -> Call:
+    return lambda: F.linear(x, weight)
+
+
+def _int_mm(data: Inputs) -> Call:
+    x, weight = data.x, data.dense.t()
+    return lambda: torch._int_mm(x, weight)
+
+
+def _sparse_weight(data: Inputs, cutlass: bool) -> Any:
+    from torch.sparse import SparseSemiStructuredTensor, to_sparse_semi_structured
+
+    SparseSemiStructuredTensor._FORCE_CUTLASS = cutlass
+    return to_sparse_semi_structured(data.pruned())
+
+
+def _semi_structured(data: Inputs, cutlass: bool) -> Call:
+    return _linear(data.x, _sparse_weight(data, cutlass))
+
+
+def _searched(data: Inputs) -> Call:
+    """cuSPARSELt with the fastest of its algorithms, where torch lets us ask for it."""
+    weight = _sparse_weight(data, cutlass=False)
+    weight.alg_id_cusparselt = torch._cslt_sparse_mm_search(weight.packed, data.x.t())
+    return _linear(data.x, weight)
+
+
+def _cudnn(data: Inputs) -> Call:
+    x, padding, stride = data.x, data.options["padding"], data.options["stride"]
+    weight = data.dense.contiguous(memory_format=torch.channels_last)
+    return lambda: F.conv2d(x, weight, padding=padding, stride=stride)
+
+
+# ---- our own
+
+
+def plain(work: GpuWork, data: Inputs) -> Call:
+    """The op as a user calls it."""
+    op = REGISTRY[work.op]
+    return lambda: op.fn(*data.args, **data.options)
+
+
+def refusal(work: GpuWork, data: Inputs) -> str | None:
+    """Why a call of the op would not run a kernel."""
+    return REGISTRY[work.op].supports(*data.args[:2])
+
+
+@contextmanager
+def planned(replacement: Callable[..., dispatch.Plan]) -> Iterator[None]:
+    """Calls in this block are cut as ``replacement`` says."""
+    before = dispatch.plan
+    dispatch.plan = replacement
+    try:
+        yield
+    finally:
+        dispatch.plan = before
+
+
+@contextmanager
+def _tile(name: str) -> Iterator[None]:
+    before, _native.impl = _native.impl, name
+    try:
+        yield
+    finally:
+        _native.impl = before
+
+
+def text(plan: dispatch.Plan) -> str:
+    return f"{plan.tile.name}/{plan.splits}"
+
+
+def plans(call: Call) -> list[dispatch.Plan]:
+    """The plan that a call takes, then others that could be better. None when it takes none: a CPU kernel."""
+    asked: list[tuple[inspect.BoundArguments, dispatch.Plan]] = []
+    rule = dispatch.plan
+
+    def record(*args: Any, **kwargs: Any) -> dispatch.Plan:
+        found = rule(*args, **kwargs)
+        asked.append((inspect.signature(rule).bind(*args, **kwargs), found))
+        return found
+
+    with planned(record):
+        call()
+    if not asked:
+        return []
+    bound, picked = asked[0]
+    bound.apply_defaults()
+    product, allowed = bound.arguments["product"], bound.arguments["allowed"]
+    found = {text(picked): picked}
+    for name in allowed:
+        tile = dispatch.built_tiles()[name]
+        if name.startswith("few") and product.tokens > WIDEST_FEW * tile.tokens:
+            continue
+        with _tile(name):
+            alone = rule(*bound.args, **bound.kwargs)
+        if alone.tile.name != name:
+            raise RuntimeError(f"the plan for {name} took {alone.tile.name}")
+        for splits in _splits(alone, picked, product.cols):
+            plan = alone._replace(splits=splits)
+            found.setdefault(text(plan), plan)
+    return list(found.values())
+
+
+def _splits(plan: dispatch.Plan, picked: dispatch.Plan, cols: int) -> list[int]:
+    """The rule's number of splits, and its neighbours for the tile that the rule picked."""
+    slabs = max(1, -(-cols // 128))
+    tried = [plan.splits]
+    if plan.tile.name == picked.tile.name:
+        tried += [1, plan.splits // 2, plan.splits * 2]
+    return [splits for splits in dict.fromkeys(tried) if 1 <= splits <= min(slabs, MOST_SPLITS)]
+
+
+def forced(call: Call, plan: dispatch.Plan) -> Call:
+    """``call``, cut as ``plan`` says."""
+
+    def run() -> Tensor:
+        with planned(lambda *_, **__: plan):
+            return call()
+
+    return run
+
+
+def ours(call: Call, weight_bytes: float, on_gpu: bool) -> list[Contender]:
+    """Our kernels: as a plain call runs them, then each other plan. Runs the call."""
+    found = plans(call)
+    if not found and on_gpu:
+        raise RuntimeError("the call ran no kernel of ours")
+    plain_call = Contender(OURS, lambda: call, text(found[0]) if found else "", picked=True)
+    others = [Contender(OURS, partial(forced, call, plan), text(plan)) for plan in found[1:]]
+    return [replace(c, weight_bytes=weight_bytes) for c in (plain_call, *others)]

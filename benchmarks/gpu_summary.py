@@ -1,0 +1,211 @@
+"""``python -m benchmarks.gpu_summary FOLDER``: a run in at most 60 lines.
+
+A cell is how many times faster than the dense baseline ours is, a slash, and how many times the best of
+torch's sparse peers is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+from benchmarks.gpu_results import (
+    BASELINES,
+    FAILED,
+    LAYERS,
+    OK,
+    OURS,
+    STAGES,
+    TESTS,
+    WRONG,
+    GpuRow,
+    OpTests,
+    Stage,
+    environment,
+    read,
+)
+
+MOST_LINES, WIDTH = 60, 110
+SHOWN_MISSES, SHOWN_FAULTS = 5, 3
+MISS = 1.05  # how much faster another plan has to be to be named
+
+Works = dict[tuple[str, str, str], list[GpuRow]]
+"""The rows of each work."""
+
+
+def by_work(rows: Iterable[GpuRow]) -> Works:
+    works: Works = {}
+    for row in rows:
+        works.setdefault(row.key, []).append(row)
+    return works
+
+
+def picked(rows: Iterable[GpuRow]) -> GpuRow | None:
+    """Ours as a plain call runs it."""
+    return next((row for row in rows if row.contender == OURS and row.picked), None)
+
+
+def best_peer(rows: Sequence[GpuRow]) -> float | None:
+    """The best ratio of the peers that take a sparse weight."""
+    dense = BASELINES[rows[0].op]
+    ratios = [r.ratio for r in rows if r.contender != OURS and not r.contender.startswith(dense) and r.ratio]
+    return max(ratios, default=None)
+
+
+def cell(rows: Sequence[GpuRow] | None) -> str:
+    """A work in a few characters."""
+    if not rows:
+        return ""
+    mine, peer = picked(rows), best_peer(rows)
+    if mine is None or mine.ratio is None:
+        words = {WRONG: "WRONG", FAILED: "FAILED"}
+        text = next((words[w] for w in words if mine is not None and mine.status.startswith(w)), "-")
+    else:
+        text = f"{mine.ratio:.2f}"
+    return f"{text}/{peer:.2f}" if peer else text
+
+
+def table(
+    works: Works, op: str, dtype: str, split: Callable[[str], tuple[str, str]]
+) -> tuple[list[str], dict[str, dict[str, str]]]:
+    """The columns, and each line's cells by column; ``split`` cuts a work's name into line and column."""
+    lines: dict[str, dict[str, str]] = {}
+    columns: dict[str, None] = {}
+    for (work_op, name, work_dtype), rows in works.items():
+        if (work_op, work_dtype) == (op, dtype):
+            line, column = split(name)
+            lines.setdefault(line, {})[column] = cell(rows)
+            columns[column] = None
+    ordered = sorted(columns, key=lambda c: (not c.isdecimal(), int(c) if c.isdecimal() else 0))
+    return ordered, lines
+
+
+def linear_name(name: str) -> tuple[str, str]:
+    """``16x4096->14336`` is column 16 of line ``4096->14336``; a square is its own."""
+    tokens, _, rest = name.partition("x")
+    return ("square", tokens) if rest == f"{tokens}->{tokens}" else (rest, tokens)
+
+
+def conv_name(name: str) -> tuple[str, str]:
+    """``3x3 32x256@14->256`` is column 32 of line ``3x3 256@14->256``."""
+    kernel, _, rest = name.partition(" ")
+    batch, _, layer = rest.partition("x")
+    return f"{kernel} {layer}", batch
+
+
+def linear_lines(works: Works, op: str) -> list[str]:
+    text: list[str] = []
+    for dtype in ("bf16", "f16", "i8"):
+        columns, lines = table(works, op, dtype, linear_name)
+        squares = lines.pop("square", {})
+        if squares:
+            sizes = "  ".join(f"{size} {squares[size]}" for size in columns if size in squares)
+            text.append(f"{op} {dtype} squares: {sizes}")
+        layer_columns = [column for column in columns if any(column in line for line in lines.values())]
+        if not lines:
+            continue
+        if dtype == "bf16":
+            heads = "".join(f"{column:>11}" for column in layer_columns)
+            text.append(f"{op + ' ' + dtype + ' tokens':<24}{heads}")
+            for name, cells in lines.items():
+                text.append(f"  {name:<22}" + "".join(f"{cells.get(c, ''):>11}" for c in layer_columns))
+        else:
+            medians = "  ".join(f"{c} tokens {_median(works, op, dtype, c)}" for c in layer_columns)
+            text.append(f"{op} {dtype} layers, median: {medians}")
+    return text
+
+
+def _median(works: Works, op: str, dtype: str, tokens: str) -> str:
+    chosen = [
+        rows
+        for (o, name, d), rows in works.items()
+        if (o, d) == (op, dtype) and linear_name(name)[1] == tokens and linear_name(name)[0] != "square"
+    ]
+    ratios = [mine.ratio for rows in chosen if (mine := picked(rows)) and mine.ratio]
+    return f"{statistics.median(ratios):.2f}" if ratios else "-"
+
+
+def conv_lines(works: Works) -> list[str]:
+    """Two layers on a line."""
+    columns, lines = table(works, "nm24_conv", "f16", conv_name)
+    if not lines:
+        return []
+    cells = [
+        f"{name:<21}" + "".join(f"{line.get(column, ''):>7}" for column in columns)
+        for name, line in lines.items()
+    ]
+    head = f"nm24_conv f16, batch {' '.join(columns)}"
+    half = (len(cells) + 1) // 2
+    pairs = zip(cells[:half], [*cells[half:], ""], strict=False)
+    return [head, *(f"  {left}   {right}".rstrip() for left, right in pairs)]
+
+
+def misses(works: Works) -> list[str]:
+    """Where another plan than the rule's was faster, worst first."""
+    found = []
+    for (op, name, dtype), rows in works.items():
+        mine = picked(rows)
+        if mine is None or mine.ms is None:
+            continue
+        others = [row for row in rows if row.contender == OURS and not row.picked and row.ms]
+        best = min(others, key=lambda row: row.ms or 0.0, default=None)
+        if best is not None and best.ms and mine.ms > MISS * best.ms:
+            found.append((mine.ms / best.ms, f"{op} {name} {dtype}: {best.plan}, not {mine.plan}"))
+    found.sort(key=lambda miss: miss[0], reverse=True)
+    lines = [f"  {gain:.2f}x {text}" for gain, text in found[:SHOWN_MISSES]]
+    return [f"other plans were faster at {len(found)} of {len(works)} works:", *lines] if found else []
+
+
+def faults(rows: Sequence[GpuRow]) -> list[str]:
+    """Ours first, then each peer's most common failure."""
+    lines = [
+        f"  {r.op} {r.work} {r.dtype} {r.plan}: {r.status}"
+        for r in rows
+        if r.contender == OURS and r.status != OK
+    ]
+    shown = [*lines[:SHOWN_FAULTS], f"  and {len(lines) - SHOWN_FAULTS} more"]
+    text = [f"ours, not ok: {len(lines)}", *(shown if len(lines) > SHOWN_FAULTS else lines)]
+    for contender in dict.fromkeys(r.contender for r in rows if r.contender != OURS):
+        theirs = [r for r in rows if r.contender == contender]
+        bad = [r.status for r in theirs if r.status != OK]
+        if bad:
+            common = statistics.mode(bad)
+            text.append(f"{contender}: {len(bad)} of {len(theirs)} not ok, such as {common}")
+    return text
+
+
+def summary(run: Path) -> list[str]:
+    """The lines."""
+    facts = environment(run)
+    rows = read(GpuRow, run / LAYERS)
+    works = by_work(rows)
+    lines = [
+        ", ".join(
+            f"{name} {facts.get(name) or 'unknown'}" for name in ("machine", "driver", "commit", "date")
+        ),
+        ", ".join(f"{name} {facts.get(name) or 'none'}" for name in ("cuda", "torch", "cudnn", "cusparselt")),
+    ]
+    for stage in read(Stage, run / STAGES):
+        lines.append(f"{stage.stage:<12} {stage.status:<8} {stage.seconds:>4} s  {stage.note}")
+    counts = read(OpTests, run / TESTS)
+    if counts:
+        lines.append("tests passed/failed: " + ", ".join(f"{c.op} {c.passed}/{c.failed}" for c in counts))
+    for op in BASELINES:
+        lines += linear_lines(works, op) if op.startswith("nm24_linear") else conv_lines(works)
+    lines += misses(works) + (faults(rows) if rows else [])
+    return [line[:WIDTH].rstrip() for line in lines[:MOST_LINES]]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Prints it."""
+    options = argparse.ArgumentParser("python -m benchmarks.gpu_summary", description="A run, shortly.")
+    options.add_argument("folder", type=Path, help="what benchmarks/gpu.sh wrote")
+    print("\n".join(summary(options.parse_args(argv).folder)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,175 @@
+"""``python -m benchmarks.gpu_table``: what is known of each CUDA kernel, as Markdown; ``--write`` puts it
+into docs/kernels.md.
+
+It never measures: it reads the runs that are kept under benchmarks/results. ``--keep FOLDER`` adds one, as
+benchmarks/gpu.sh left it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import statistics
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.gpu_machine import DRY_RUN
+from benchmarks.gpu_results import (
+    ENVIRONMENT,
+    LAYERS,
+    OK,
+    OURS,
+    STAGES,
+    TESTS,
+    WRONG,
+    GpuRow,
+    OpTests,
+    environment,
+    kept_runs,
+    read,
+)
+from benchmarks.provenance import RESULTS, TREE, folder_name
+from sparseops.ops import REGISTRY, dispatch
+
+PAGE = TREE / "docs" / "kernels.md"
+BEGIN, END = "<!-- kernels: begin -->", "<!-- kernels: end -->"
+TILES = {
+    "nm24_linear": dispatch.MATRIX_TILES,
+    "nm24_linear_i8": dispatch.WIDE_TILES,
+    "nm24_conv": dispatch.WIDE_TILES,
+}
+NEVER = "never run on hardware"
+CONFORMANCE = TREE / "tests" / "emulation" / "conformance"
+STANDS_ON_DOCUMENTS = "stands on documents (cross-checks)"
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a kept run says."""
+
+    gpu: str
+    commit: str
+    rows: list[GpuRow]
+    tests: dict[str, OpTests]
+
+
+def load(folder: Path) -> Run:
+    facts = environment(folder)
+    tests = {count.op: count for count in read(OpTests, folder / TESTS)}
+    return Run(facts["machine"], facts["commit"], read(GpuRow, folder / LAYERS), tests)
+
+
+def kernels() -> list[tuple[str, str]]:
+    """Every CUDA kernel of the registry: its op and its tile, by name."""
+    return [
+        (op.name, tile)
+        for op in sorted(REGISTRY.values(), key=lambda op: op.name)
+        if any(device == "cuda" for device, _ in op.impls)
+        for tile in TILES.get(op.name, ("",))
+    ]
+
+
+def newest(runs: Sequence[Run]) -> list[Run]:
+    """The last run on each GPU."""
+    return list({run.gpu: run for run in runs}.values())
+
+
+def tests_of(run: Run, op: str) -> str:
+    count = run.tests.get(op)
+    if count is None or not count.passed + count.failed:
+        return "none"
+    return f"{count.passed} passed" + (f", {count.failed} failed" if count.failed else "")
+
+
+def ratio_of(run: Run, op: str, tile: str) -> str:
+    """Dense over sparse where the rule picks the tile: the median, and the worst and the best."""
+    rows = [r for r in run.rows if r.op == op and r.contender == OURS and r.plan.partition("/")[0] == tile]
+    wrong = sum(r.status.startswith(WRONG) for r in rows)
+    if wrong:
+        return f"**wrong at {wrong} of {len(rows)} calls**"
+    picked = [r.ratio for r in rows if r.picked and r.status == OK and r.ratio]
+    if not picked:
+        return "never picked" if any(r.status == OK for r in rows) else "not measured"
+    low, high = min(picked), max(picked)
+    layers = "1 layer" if len(picked) == 1 else f"{len(picked)} layers"
+    return f"{statistics.median(picked):.2f} ({low:.2f} to {high:.2f}, {layers})"
+
+
+def lines(runs: Sequence[Run]) -> Iterator[str]:
+    yield "| op | tile | GPU | commit | tests | times faster than dense |"
+    yield "|---|---|---|---|---|---|"
+    for op, tile in kernels():
+        ran = [
+            run
+            for run in newest(runs)
+            if tests_of(run, op) != "none" or any(r.op == op and r.status == OK for r in run.rows)
+        ]
+        for run in ran:
+            ratio = ratio_of(run, op, tile)
+            yield f"| {op} | {tile} | {run.gpu} | `{run.commit}` | {tests_of(run, op)} | {ratio} |"
+        if not ran:
+            yield f"| {op} | {tile} | {NEVER} | | | |"
+
+
+def conformance() -> str:
+    """Whether the emulated instructions were compared with a GPU's."""
+    fixtures = sorted(file.name for file in CONFORMANCE.glob("*") if file.suffix != ".md")
+    return f"recorded: {', '.join(fixtures)}" if fixtures else STANDS_ON_DOCUMENTS
+
+
+def markdown(runs: Sequence[Run]) -> str:
+    text = "\n".join(lines(runs))
+    return f"{text}\n\nWhat the emulator makes of each instruction: {conformance()}.\n"
+
+
+def spliced(page: str, table: str) -> str:
+    """``page`` with ``table`` between the markers. ValueError when a marker is missing."""
+    head, begin, rest = page.partition(BEGIN)
+    _, end, tail = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"{PAGE.name} must hold {BEGIN} and {END}, got none")
+    return f"{head}{BEGIN}\n{table}{END}{tail}"
+
+
+def keep(folder: Path, root: Path) -> Path:
+    """Copies the tables of a run to ``<root>/<gpu>/<date>-<commit>``. ValueError when it must not be kept."""
+    facts = environment(folder)
+    if not facts or facts.get("dry_run") or DRY_RUN in facts["machine"]:
+        raise ValueError(f"--keep must name a run on a GPU, got {folder}")
+    if facts["commit"] == "unknown":
+        raise ValueError(f"--keep must name a run of a known commit, got none in {folder / ENVIRONMENT}")
+    date = "".join(character for character in facts["date"] if character.isalnum())
+    target = root / folder_name(facts["machine"]) / f"{date}-{facts['commit']}"
+    target.mkdir(parents=True)
+    for name in (ENVIRONMENT, STAGES, TESTS, LAYERS, "summary.txt"):
+        if (folder / name).exists():
+            shutil.copy(folder / name, target / name)
+    return target
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Prints the table, or writes it into the page."""
+    what = "What is known of each CUDA kernel."
+    options = argparse.ArgumentParser("python -m benchmarks.gpu_table", description=what)
+    add = options.add_argument
+    add("--keep", type=Path, metavar="FOLDER", help="first add this run to benchmarks/results")
+    add("--write", action="store_true", help="put the table into docs/kernels.md, between the markers")
+    chosen = options.parse_args(argv)
+    if chosen.keep:
+        try:
+            print(keep(chosen.keep, RESULTS), file=sys.stderr)
+        except ValueError as error:
+            print(f"benchmarks.gpu_table: {error}", file=sys.stderr)
+            return 1
+    table = markdown([load(run) for run in kept_runs()])
+    if chosen.write:
+        PAGE.write_text(spliced(PAGE.read_text(), table))
+    else:
+        print(table, end="")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
