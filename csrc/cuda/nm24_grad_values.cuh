@@ -138,22 +138,23 @@ SPARSEOPS_DEVICE void multiply_tokens(Fragment<float> (&sums)[Tile::kRowTiles][T
 template <class Tile>
 SPARSEOPS_DEVICE void stage_sums(const Fragment<float> (&sums)[Tile::kRowTiles][Tile::kColumnTiles], float* tile,
                                  int warp_feature, int warp_column) {
+  using Pair = Fragment<float, 2>;
   const int lane = threadIdx.x % 32;
   float* corner = tile + (warp_feature + lane / 4) * Tile::kPitch + warp_column + lane % 4 * 2;
 #pragma unroll
   for (int m = 0; m < Tile::kRowTiles; ++m) {
 #pragma unroll
     for (int n = 0; n < Tile::kColumnTiles; ++n) {
-      const auto& sum = sums[m][n].sum;
-      float* to = corner + m * 16 * Tile::kPitch + n * 8;
-      *reinterpret_cast<float2*>(to) = {sum[0], sum[1]};
-      *reinterpret_cast<float2*>(to + 8 * Tile::kPitch) = {sum[2], sum[3]};
+      const auto rows = reinterpret_cast<const Pair*>(sums[m][n].sum);  // g and g + 8
+#pragma unroll
+      for (int i = 0; i < 2; ++i)
+        *reinterpret_cast<Pair*>(corner + (m * 16 + i * 8) * Tile::kPitch + n * 8) = rows[i];
     }
   }
 }
 
 // Chosen by comparison, not by indexing: everything stays in registers.
-SPARSEOPS_DEVICE float column_of(const float4& group, unsigned column) {
+SPARSEOPS_DEVICE float column_of(const float4& group, int column) {
   return column == 0 ? group.x : column == 1 ? group.y : column == 2 ? group.z : group.w;
 }
 
@@ -170,17 +171,19 @@ SPARSEOPS_DEVICE void store_kept(const CudaNM24GradValues& op, const float* tile
   const int group = threadIdx.x % kGroups, column = column0 + group * 4;
   if (column >= op.cols) return;
 
+  const int columns = static_cast<int>(op.in_features) - column;  // of the group and past it
   const int end = static_cast<int>(min(op.rows - feature0, int64_t(Tile::kFeatures)));
 #pragma unroll 4
   for (int row = threadIdx.x / kGroups; row < end; row += Tile::kThreads / kGroups) {
     const int64_t at = ((feature0 + row) * op.cols + column) / 4;  // the group, counted through the weight
-    const unsigned nibble = op.meta[at / 2] >> (at % 2 * 4) & 0xF;
+    const int nibble = op.meta[at / 2] >> (at % 2 * 4) & 0xF;
     const auto sums = *reinterpret_cast<const float4*>(tile + row * Tile::kPitch + group * 4);
     Pair kept;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const unsigned within = i == 0 ? nibble & 3 : nibble >> 2;
-      kept.element[i] = column + within < op.in_features ? column_of(sums, within) : 0.f;
+      const int within = i == 0 ? nibble & 3 : nibble >> 2;
+      const float sum = column_of(sums, within);
+      kept.element[i] = within < columns ? sum : 0.f;
     }
     static_cast<Pair*>(op.grad_values)[at] = kept;
   }
