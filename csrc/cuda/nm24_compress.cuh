@@ -8,9 +8,9 @@
 //   values [rows, cols/2]  moved bit for bit: no arithmetic, NaNs keep their payload
 //   meta   [rows, cols/8]  bytes; the low nibble of byte b is group 2b, the high one group 2b + 1
 //
-// NaN counts as infinite, and of equal magnitudes the lower column stays: the rule, and so the bits, of
-// sparseops/formats/nm24.py. All three are contiguous and cols is a multiple of 32, so no row begins within a byte of
-// meta and the weight is one run of groups: the kernel needs no rows.
+// NaN counts as infinite, and of equal magnitudes the lower column stays: the rule of sparseops/formats/nm24.py. (torch
+// itself may quiet a signalling NaN of 16 bits on its way through a gather.) All three are contiguous and cols is a
+// multiple of 32, so no row begins within a byte of meta and the weight is one run of groups: the kernel needs no rows.
 //
 // Bound: memory. For elements of e bytes it reads e and writes e/2 + 1/8 bytes per column.
 // State: it has not yet run on a GPU; tests/emulation runs it on the CPU.

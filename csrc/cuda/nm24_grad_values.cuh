@@ -147,8 +147,7 @@ SPARSEOPS_DEVICE void stage_sums(const Fragment<float> (&sums)[Tile::kRowTiles][
     for (int n = 0; n < Tile::kColumnTiles; ++n) {
       const auto rows = reinterpret_cast<const Pair*>(sums[m][n].sum);  // g and g + 8
 #pragma unroll
-      for (int i = 0; i < 2; ++i)
-        *reinterpret_cast<Pair*>(corner + (m * 16 + i * 8) * Tile::kPitch + n * 8) = rows[i];
+      for (int i = 0; i < 2; ++i) *reinterpret_cast<Pair*>(corner + (m * 16 + i * 8) * Tile::kPitch + n * 8) = rows[i];
     }
   }
 }

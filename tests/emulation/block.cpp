@@ -79,7 +79,9 @@ void Block::run(unsigned number, uint3 index, const std::function<void()>& kerne
   jump(&main_.position, self_->position, stacks()[self_->id]->bottom(), Stack::kBytes);
   memory::end_block();
   running = nullptr;
-  if (!error_.empty()) throw Error(error_);
+  if (error_.empty()) return;
+  for (const auto& stack : stacks()) stack->wipe();
+  throw Error(error_);
 }
 
 void Block::enter() {

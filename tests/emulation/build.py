@@ -2,9 +2,9 @@
 
     python tests/emulation/build.py [plain] [asan] [race] [module] [test ...]
 
-`plain`, `asan` and `race` are the three builds of each <test>_test.cpp (all three if none is named, all tests if none
-is named); they lie in build/emulation/<build>/. `module` is sparseops._C_emulated, the package's module with its
-CUDA kernels run by the emulator. test_support.h tells how to write and run a test.
+`plain`, `asan` and `race` are the three builds of each <test>_test.cpp (all three if none is named, all tests
+if none is named); they lie in build/emulation/<build>/. `module` is sparseops._C_emulated, the module with
+its CUDA kernels run by the emulator. test_support.h tells how to write and run a test.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ MODULE = "_C_emulated"
 RACE_ONLY = ("memory_check", "memory_hooks", "traffic")
 NOT_IN_MODULE = ("test_support",)
 
-# -fno-strict-aliasing: kernels view bytes as they please, as nvcc lets them. No sibling calls, so that a return
-# address names its caller. DWARF 4, since binutils' addr2line takes one file for another in g++'s DWARF 5.
+# -fno-strict-aliasing: kernels view bytes as they please, as nvcc lets them. No sibling calls, so that a
+# return address names its caller. DWARF 4: binutils' addr2line mistakes files in g++'s DWARF 5.
 COMMON = (
     "-std=c++20 -g1 -gdwarf-4 -fPIC -fno-strict-aliasing -fno-optimize-sibling-calls "
     "-Wall -Wextra -Wno-unknown-pragmas -Wno-psabi"
@@ -53,10 +53,10 @@ class Build:
 
 
 BUILDS = {
-    "plain": Build(f"-O2 {KNOWN}", f"-O1 {KNOWN}"),
+    "plain": Build(f"-O1 {KNOWN}", f"-O1 {KNOWN}"),
     "asan": Build(f"-O1 {ADDRESS}", f"-O1 {SANITIZE}", f"-pie {SANITIZE}"),
-    # The race check stands in for the ThreadSanitizer's library, so the link must not ask for that. Without -fno-tree-sra
-    # a uint4 would be counted as four loads.
+    # The race check stands in for the ThreadSanitizer's library, so the link must not ask for that. Without
+    # -fno-tree-sra a uint4 would be counted as four loads.
     "race": Build(
         f"-O2 -DEMU_CHECK_MEMORY {KNOWN}", f"-O1 -DEMU_CHECK_MEMORY {KNOWN} -fsanitize=thread -fno-tree-sra"
     ),
@@ -73,9 +73,9 @@ def unsupported() -> str | None:
         compiler = toolchain.cxx()
     except SystemExit as missing:
         return str(missing)
-    # a parameter that g++ has and clang++ does not
-    if not toolchain.cxx_accepts(compiler, "-std=c++20 -fsanitize=thread --param=tsan-distinguish-volatile=0"):
-        return f"{' '.join(compiler)} is not a g++ of 12 or later, on whose -fsanitize=thread the emulator builds"
+    flags = "-std=c++20 -fsanitize=thread --param=tsan-instrument-func-entry-exit=0"  # g++ 12 has the last
+    if not toolchain.cxx_accepts(compiler, flags):
+        return f"{' '.join(compiler)} is not g++ 12 or later, whose -fsanitize=thread the emulator needs"
     return None
 
 
@@ -105,8 +105,13 @@ def tests() -> dict[str, Path]:
     return {path.stem: path for path in sorted(EMULATION.glob("*_test.cpp"))}
 
 
+def programs() -> dict[str, Path]:
+    """All that can be built: the tests, and the one program that runs on a GPU as well."""
+    return {**tests(), "conformance": EMULATION / "conformance.cu"}
+
+
 def kernels_of(test: Path) -> list[str]:
-    """The .cu files that a test links, without their ending: its first line, `// kernels: a b`, and device.cu."""
+    """The .cu files that a test links, without the ending: its first line, `// kernels: a b`, and device."""
     found = re.match(r"// kernels:(.*)", test.read_text())
     return ["device", *found[1].split()] if found else []
 
@@ -120,7 +125,7 @@ def module_file() -> Path:
 
 
 class Writer:
-    """Collects the lines of build.ninja. Paths are relative to FOLDER, so that a copy of the tree builds the same."""
+    """Collects the lines of build.ninja. Paths are relative to FOLDER: a copy of the tree builds the same."""
 
     def __init__(self) -> None:
         self.lines = [
@@ -150,7 +155,8 @@ class Writer:
 
     def kernel(self, source: Path, build: str) -> str:
         # nvcc includes its runtime before everything, and we the emulator's, precompiled
-        flags = f"{self.kernel_flags(build)} -I{build} -include cuda_emulation.h '-DSPARSEOPS_CUDA_ARCHS=\"80\"' -x c++"
+        flags = f"{self.kernel_flags(build)} -I{build} -include cuda_emulation.h -x c++"
+        flags += " '-DSPARSEOPS_CUDA_ARCHS=\"80\"'"
         return self.compile(source, build, flags, f" | {build}/cuda_emulation.h.gch")
 
     def kernel_flags(self, build: str) -> str:
@@ -164,8 +170,9 @@ class Writer:
     def link(self, target: str, objects: list[str], flags: str) -> None:
         self.lines += [f"build {target}: link {' '.join(objects)}", f"  flags = {flags}"]
 
-    def test(self, name: str, build: str) -> None:
-        sources = [tests()[name], *(CSRC / "cuda" / f"{kernel}.cu" for kernel in kernels_of(tests()[name]))]
+    def program(self, name: str, build: str) -> None:
+        source = programs()[name]
+        sources = [source, *(CSRC / "cuda" / f"{kernel}.cu" for kernel in kernels_of(source))]
         objects = [self.kernel(source, build) for source in sources]
         self.link(f"{build}/{name}", objects + self.emulator(build), BUILDS[build].link)
 
@@ -180,7 +187,8 @@ class Writer:
             for step in cpu_steps(CSRC, ["portable"])
         ]
         objects += [self.kernel(source, "module") for source in sorted((CSRC / "cuda").glob("*.cu"))]
-        self.link(relative(module_file()), objects + self.emulator("module"), "-shared -fopenmp -Wl,-Bsymbolic")
+        objects += self.emulator("module")
+        self.link(relative(module_file()), objects, "-shared -fopenmp -Wl,-Bsymbolic")
 
 
 def toolchain_words() -> str:
@@ -212,8 +220,8 @@ def build(builds: list[str], names: list[str]) -> int:
         writer = Writer()
         for kind in TEST_BUILDS:
             writer.precompile(kind)
-            for name in tests():
-                writer.test(name, kind)
+            for name in programs():
+                writer.program(name, kind)
         if "module" in builds:
             writer.precompile("module")
             writer.module()
@@ -226,7 +234,7 @@ def build(builds: list[str], names: list[str]) -> int:
 def main(arguments: list[str]) -> int:
     if reason := unsupported():
         toolchain.stop(reason)
-    known = tests()
+    known = programs()
     builds = [argument for argument in arguments if argument in BUILDS]
     names = [Path(argument).stem for argument in arguments if argument not in BUILDS]
     names = [name if name in known else f"{name}_test" for name in names]

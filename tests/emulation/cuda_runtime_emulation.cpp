@@ -1,6 +1,8 @@
-// The functions of the CUDA runtime that csrc/cuda calls, for one emulated device of compute capability 8.0.
+// The functions of the CUDA runtime that csrc/cuda and the tests here call, for one emulated device of compute
+// capability 8.0.
 #include "cuda_runtime_emulation.h"
 
+#include <cstring>
 #include <set>
 #include <string>
 
@@ -112,7 +114,37 @@ cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute attribute, int v
                                                                          : last_error = cudaErrorInvalidValue;
 }
 
+cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int device) {
+  if (device != 0) return last_error = cudaErrorInvalidDevice;
+  *properties = {};
+  std::strcpy(properties->name, "the emulator");
+  properties->major = 8;
+  properties->minor = 0;
+  properties->multiProcessorCount = kMultiprocessors;
+  return cudaSuccess;
+}
+
+cudaError_t cudaDeviceSynchronize() { return cudaSuccess; }  // a launch returns when all is done
+
+cudaError_t cudaMalloc(void** memory, size_t bytes) {
+  *memory = sparseops_emulation::allocate(bytes, 256).release();
+  std::memset(*memory, 0xff, bytes);
+  sparseops_emulation::memory::watch_global(*memory, bytes);
+  return cudaSuccess;
+}
+
+cudaError_t cudaFree(void* memory) {
+  sparseops_emulation::memory::forget_global(memory);
+  std::free(memory);
+  return cudaSuccess;
+}
+
+cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind) {
+  std::memcpy(to, from, bytes);
+  return cudaSuccess;
+}
+
 cudaError_t cudaMemsetAsync(void* memory, int value, size_t bytes, cudaStream_t) {
-  __builtin_memset(memory, value, bytes);
+  std::memset(memory, value, bytes);
   return cudaSuccess;
 }

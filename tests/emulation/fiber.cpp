@@ -50,9 +50,16 @@ Stack::~Stack() { munmap(base_, kGuard + kBytes); }
 
 bool Stack::guards(const void* address) const { return address >= base_ && address < base_ + kGuard; }
 
+void Stack::wipe() const {
+#if defined(__SANITIZE_ADDRESS__)
+  __asan_unpoison_memory_region(bottom(), kBytes);
+#endif
+}
+
 void* Stack::prepare(void (*entry)()) const {
 #if defined(__SANITIZE_ADDRESS__)
-  __asan_unpoison_memory_region(bottom(), kBytes);  // an earlier fiber may have been abandoned in the middle
+  constexpr std::size_t kEntry = 4096;  // a fiber ends within its entry, which does not return
+  __asan_unpoison_memory_region(base_ + kGuard + kBytes - kEntry, kEntry);
 #endif
   auto top = reinterpret_cast<void**>(base_ + kGuard + kBytes);
   top[-1] = nullptr;  // the entry's return address; its stack is aligned as after a call

@@ -19,6 +19,8 @@ class Stack {
 
   // The position of a fiber that has not started: jumping there calls `entry`, which must not return.
   void* prepare(void (*entry)()) const;
+  // After a fiber was abandoned in the middle: what it had on its stack is gone.
+  void wipe() const;
 
  private:
   static constexpr std::size_t kGuard = 4096;

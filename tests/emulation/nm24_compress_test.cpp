@@ -10,7 +10,9 @@ using namespace sparseops;
 namespace {
 
 template <class T>
-constexpr DType kDType = std::is_same_v<T, float> ? DType::f32 : std::is_same_v<T, __half> ? DType::f16 : DType::bf16;
+constexpr DType kDType = std::is_same_v<T, float>    ? DType::f32
+                         : std::is_same_v<T, __half> ? DType::f16
+                                                     : DType::bf16;
 
 // NaN counts as infinite; of equal magnitudes the lower column comes first.
 template <class T>
@@ -67,9 +69,11 @@ template <class T>
 void all_groups() {
   constexpr float kInfinity = std::numeric_limits<float>::infinity(), kNaN = std::numeric_limits<float>::quiet_NaN();
   const T least = from_bits<T>(1u << (32 - 8 * sizeof(T)));  // subnormal
-  const T greatest = std::is_same_v<T, float> ? T(3.4028235e38f) : std::is_same_v<T, __half> ? T(65504.f) : T(3.3895e38f);
-  const T numbers[] = {T(0.f), T(-0.f), least, T(1.f), T(-1.f), T(1.0078125f), greatest, T(kInfinity), T(-kInfinity),
-                       T(kNaN)};
+  const T greatest = std::is_same_v<T, float>    ? T(3.4028235e38f)
+                     : std::is_same_v<T, __half> ? T(65504.f)
+                                                 : T(3.3895e38f);
+  const T numbers[] = {T(0.f),        T(-0.f),  least,        T(1.f),        T(-1.f),
+                       T(1.0078125f), greatest, T(kInfinity), T(-kInfinity), T(kNaN)};
   constexpr int64_t kNumbers = 10, kGroups = kNumbers * kNumbers * kNumbers * kNumbers;
   emu::Buffer<T> dense(kGroups * 4);
   for (int64_t i = 0; i < kGroups; ++i)
@@ -86,8 +90,8 @@ void refusals() {
     return cuda_nm24_compress(from, to, meta.data(), rows, cols, dtype, 0, nullptr);
   };
   const char* const refused[] = {
-      call(dense.data(), values.data(), 2, 32, DType::i8),     call(dense.data(), values.data(), 1, 48, DType::f32),
-      call(dense.data(), values.data(), -1, 32, DType::f32),   call(dense.data() + 2, values.data(), 1, 32, DType::f32),
+      call(dense.data(), values.data(), 2, 32, DType::i8), call(dense.data(), values.data(), 1, 48, DType::f32),
+      call(dense.data(), values.data(), -1, 32, DType::f32), call(dense.data() + 2, values.data(), 1, 32, DType::f32),
       call(dense.data(), values.data() + 1, 1, 32, DType::f32)};
   for (const char* text : refused)
     if (!text || std::strncmp(text, "nm24_compress: ", 15) != 0) throw emu::Error("a call was not refused");

@@ -164,6 +164,8 @@ int main(int argc, char** argv) {
        {.batch = 3, .image = {1, 1}, .channels = 16, .kernel = {1, 1}, .stride = {2, 2}, .pad = {0, 0}});
 
   half("groups", {.batch = 2, .image = {6, 5}, .channels = 16, .rows = 18, .groups = 3});
+  half("groups of whole 16-row tiles", {.image = {6, 5}, .channels = 16, .rows = 32, .groups = 2});
+  half("groups, nine rows of token tiles", {.image = {25, 24}, .channels = 4, .rows = 4, .groups = 3});
   half("groups of more than a tile", {.image = {5, 5}, .channels = 8, .rows = 70, .groups = 2});
   half("groups of 12 channels", {.image = {6, 5}, .channels = 12, .rows = 5, .groups = 3});
   half("pointwise groups", {.image = {6, 5}, .channels = 16, .rows = 8, .kernel = {1, 1}, .pad = {0, 0}, .groups = 2});

@@ -69,15 +69,16 @@ struct Problem {
     CudaPlan plan{};
     plan.splits = shape.splits;
     if (splits) plan.partials = partials.data(), plan.counters = counters.data();
-    const CudaNM24Linear op{x.data(), x_stride,           slabs, epilogue, y, shape.tokens, shape.in_features,
-                            DType::f16};
+    const CudaNM24Linear op{x.data(), x_stride, slabs, epilogue, y, shape.tokens, shape.in_features, DType::f16};
     for (int again = 0; again < 2; ++again)  // the second launch finds the counters as the first one left them
       emu::run(nm24_few_tokens_kernel<T, kTokens>, dim3(tiles, 1, shape.splits), dim3(Tile::kThreads),
                Tile::kSharedBytes, op, plan);
     emu::expect_equal(counters, std::vector<uint32_t>(counters.size(), 0));
   }
 
-  CudaWeight canonical() { return {weight.values.data(), weight.slabs.data(), weight.rows, weight.cols, weight.slab_rows}; }
+  CudaWeight canonical() {
+    return {weight.values.data(), weight.slabs.data(), weight.rows, weight.cols, weight.slab_rows};
+  }
 };
 
 template <class T>
@@ -101,9 +102,8 @@ void epilogue(const Shape& shape) {
   const auto bias = problem.random.template normal<float>(shape.rows);
   const auto residual = problem.random.template normal<float>(size_t(shape.tokens) * shape.rows);
   emu::Buffer<float> y(size_t(shape.tokens) * shape.rows);
-  problem.template run<kTokens>(problem.canonical(),
-                                {bias.data(), residual.data(), nullptr, nullptr, DType::f32, Activation::relu},
-                                y.data());
+  problem.template run<kTokens>(
+      problem.canonical(), {bias.data(), residual.data(), nullptr, nullptr, DType::f32, Activation::relu}, y.data());
   const Expected expected = problem.expected([&](double sum, int t, int m) {
     return std::max(0.0, sum + double(bias[m]) + double(residual[t * shape.rows + m]));
   });

@@ -51,8 +51,16 @@ struct Problem {
         grad_values(shape.rows * cols / 2) {}
 
   CudaNM24GradValues op() {
-    return {grad.elements.data(), grad.stride, x.elements.data(),  x.stride, meta.data(), grad_values.data(),
-            shape.tokens,         shape.rows,  shape.in_features, cols,
+    return {grad.elements.data(),
+            grad.stride,
+            x.elements.data(),
+            x.stride,
+            meta.data(),
+            grad_values.data(),
+            shape.tokens,
+            shape.rows,
+            shape.in_features,
+            cols,
             std::is_same_v<T, __half> ? DType::f16 : DType::bf16};
   }
 
