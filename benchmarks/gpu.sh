@@ -49,6 +49,22 @@ stage_tests() {
   "$PYTHON" -m pytest -v --tb=short -p no:cacheprovider "${chosen[@]}"
 }
 
+stage_conformance() {
+  if [[ -n $DRY_RUN ]]; then
+    echo "no GPU to record"
+    return
+  fi
+  local nvcc scratch status
+  nvcc=$(command -v nvcc || command -v /usr/local/cuda/bin/nvcc) || return
+  scratch=$(mktemp -d)
+  "$nvcc" -std=c++17 -O2 -arch=native -Icsrc -o "$scratch/conformance" tests/emulation/conformance.cu &&
+    "$scratch/conformance" record >"$scratch/recorded" && mv "$scratch/recorded" "$OUT/conformance.txt" &&
+    echo "$(wc -l <"$OUT/conformance.txt") lines"
+  status=$?
+  rm -rf "$scratch"
+  return "$status"
+}
+
 stage_nm24_linear() { layers nm24_linear; }
 stage_nm24_linear_i8() { layers nm24_linear_i8; }
 stage_nm24_conv() { layers nm24_conv; }
@@ -126,13 +142,15 @@ stage() {
 
 stage environment 60
 if stage build 180; then
-  stage tests 285 100
+  stage tests 270 100
+  stage conformance 290 30
   stage nm24_linear 365
   stage nm24_linear_i8 385 25
   stage nm24_conv 445
   stage memcheck 490
   stage racecheck 530
 else
+  stage conformance 290 30
   for name in tests nm24_linear nm24_linear_i8 nm24_conv memcheck racecheck; do
     record "$name" "not run" 0 "there is no build"
   done

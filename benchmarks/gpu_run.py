@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
-import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,9 @@ from benchmarks.gpu_results import BASELINES, FAILED, LAYERS, OK, OURS, SKIPPED,
 from benchmarks.gpu_shapes import WORKS, GpuWork, tiny_works
 from benchmarks.gpu_time import Call, Clock, CpuClock, CudaClock, Sample, floor_ms, measure
 
+# A child has all modules from the start. The parent must use neither the GPU nor torch's threads, which would
+# not outlive a fork.
+FORK = multiprocessing.get_context("fork")
 DATA, TIMING = "preparing", "timing"  # what is no contender but can fail too
 LOST = 70  # exit status of a child whose GPU answers no more
 HUNG_SECONDS = 45
@@ -236,7 +240,7 @@ def works_of(op: str, tiny: bool) -> list[GpuWork]:
     return tiny_works(op) if tiny else WORKS[op]()
 
 
-def child(op: str, folder: Path, until: float, dry_run: bool, journal: Journal) -> int:
+def child(op: str, folder: Path, until: float, dry_run: bool, journal: Journal) -> None:
     """Goes through the works that have no row yet, as long as there is time."""
     file = folder / LAYERS
     torch.backends.cudnn.benchmark = True
@@ -248,7 +252,7 @@ def child(op: str, folder: Path, until: float, dry_run: bool, journal: Journal) 
             continue
         start = time.time()
         if start + longest > until:
-            print(f"{op}: out of time before {work.name} {work.tag}")
+            print(f"{op}: out of time before {work.name} {work.tag}", flush=True)
             break
         try:
             with torch.no_grad():
@@ -259,35 +263,33 @@ def child(op: str, folder: Path, until: float, dry_run: bool, journal: Journal) 
         if not dry_run:
             torch.cuda.empty_cache()
         longest = max(longest, time.time() - start)
-    return 0
 
 
-def watch(process: subprocess.Popen[bytes], marker: Path, until: float) -> str | None:
+def watch(process: BaseProcess, marker: Path, until: float) -> str | None:
     """Waits for a child. None when it ended well; else how it died, by its own doing or because it hung."""
     started = time.time()
-    while process.poll() is None:
-        time.sleep(0.1)
+    while process.is_alive():
+        process.join(0.1)
         now = time.time()
         last = max(started, marker.stat().st_mtime if marker.exists() else 0.0)
         if now > until or now - last > HUNG_SECONDS:
             process.kill()
-            process.wait()
+            process.join()
             return "cut" if now > until else f"hung for {HUNG_SECONDS} s"
-    return None if process.returncode == 0 else f"the process died with status {process.returncode}"
+    return None if process.exitcode == 0 else f"the process died with status {process.exitcode}"
 
 
 def supervise(op: str, folder: Path, until: float, dry_run: bool) -> list[Crash]:
     """Runs children until one gets to the end."""
     folder.mkdir(parents=True, exist_ok=True)
     crashes = list[Crash]()
-    command = [sys.executable, "-m", "benchmarks.gpu_run", op, "--out", str(folder), "--until", str(until)]
-    command += ["--dry-run"] if dry_run else []
     with tempfile.TemporaryDirectory() as scratch:
         marker = Path(scratch, "now")
         while len(crashes) < MOST_CRASHES and time.time() < until:
             marker.unlink(missing_ok=True)
-            known = json.dumps([asdict(crash) for crash in crashes])
-            process = subprocess.Popen([*command, "--child", str(marker), known])
+            journal = Journal(marker, tuple(crashes))
+            process = FORK.Process(target=child, args=(op, folder, until, dry_run, journal))
+            process.start()
             how = watch(process, marker, until)
             if how is None or how == "cut":
                 break
@@ -308,13 +310,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--out", type=Path, required=True, metavar="FOLDER", help=f"append the rows to FOLDER/{LAYERS}")
     add("--until", type=float, metavar="SECONDS", help="stop at this time (since 1970; in 9 minutes)")
     add("--dry-run", action="store_true", help="tiny layers on the CPU, to try the benchmark itself")
-    add("--child", nargs=2, metavar=("MARKER", "CRASHES"), help=argparse.SUPPRESS)
     chosen = options.parse_args(argv)
     until = chosen.until or time.time() + 540
-    if chosen.child is not None:
-        marker, known = chosen.child
-        journal = Journal(Path(marker), [Crash(**crash) for crash in json.loads(known)])
-        return child(chosen.op, chosen.out, until, chosen.dry_run, journal)
     supervise(chosen.op, chosen.out, until, chosen.dry_run)
     rows = [row for row in read(GpuRow, chosen.out / LAYERS) if row.op == chosen.op]
     mine = [row for row in rows if row.contender == OURS]

@@ -42,6 +42,7 @@ TILES = {
 }
 NEVER = "never run on hardware"
 CONFORMANCE = TREE / "tests" / "emulation" / "conformance"
+RECORDED = "conformance.txt"
 STANDS_ON_DOCUMENTS = "stands on documents (cross-checks)"
 
 
@@ -133,19 +134,23 @@ def spliced(page: str, table: str) -> str:
     return f"{head}{BEGIN}\n{table}{END}{tail}"
 
 
-def keep(folder: Path, root: Path) -> Path:
-    """Copies the tables of a run to ``<root>/<gpu>/<date>-<commit>``. ValueError when it must not be kept."""
+def keep(folder: Path, root: Path, fixtures: Path) -> Path:
+    """Copies the tables of a run to ``<root>/<gpu>/<date>-<commit>``, what it recorded of the instructions to
+    ``<fixtures>/<gpu>.txt``. ValueError when it must not be kept."""
     facts = environment(folder)
     if not facts or facts.get("dry_run") or DRY_RUN in facts["machine"]:
         raise ValueError(f"--keep must name a run on a GPU, got {folder}")
     if facts["commit"] == "unknown":
         raise ValueError(f"--keep must name a run of a known commit, got none in {folder / ENVIRONMENT}")
     date = "".join(character for character in facts["date"] if character.isalnum())
-    target = root / folder_name(facts["machine"]) / f"{date}-{facts['commit']}"
+    gpu = folder_name(facts["machine"])
+    target = root / gpu / f"{date}-{facts['commit']}"
     target.mkdir(parents=True)
     for name in (ENVIRONMENT, STAGES, TESTS, LAYERS, "summary.txt"):
         if (folder / name).exists():
             shutil.copy(folder / name, target / name)
+    if (folder / RECORDED).exists():
+        shutil.copy(folder / RECORDED, fixtures / f"{gpu}.txt")
     return target
 
 
@@ -154,12 +159,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     what = "What is known of each CUDA kernel."
     options = argparse.ArgumentParser("python -m benchmarks.gpu_table", description=what)
     add = options.add_argument
-    add("--keep", type=Path, metavar="FOLDER", help="first add this run to benchmarks/results")
+    add("--keep", type=Path, metavar="FOLDER", help="first add this run to those that are kept")
     add("--write", action="store_true", help="put the table into docs/kernels.md, between the markers")
     chosen = options.parse_args(argv)
     if chosen.keep:
         try:
-            print(keep(chosen.keep, RESULTS), file=sys.stderr)
+            print(keep(chosen.keep, RESULTS, CONFORMANCE), file=sys.stderr)
         except ValueError as error:
             print(f"benchmarks.gpu_table: {error}", file=sys.stderr)
             return 1

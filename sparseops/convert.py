@@ -7,6 +7,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -244,8 +245,12 @@ def _try_out(
             where = f"{ratio:.2f}x at input {list(timing.input_shape)}"
             keep_dense(key, Code.SLOWER, f"{where}, so it stays dense with its own weights")
     if made:
-        sparse, _ = _measure.trial(model, made)
         with_zeros = {key: layer.to_dense() for key, layer in made.items()}
+        for layers in (made, with_zeros):
+            for key, layer in layers.items():
+                hooks = _hooks_of(eligible[key].module)
+                vars(layer).update({name: copy(held) for name, held in hooks.items()})
+        sparse, _ = _measure.trial(model, made)
         masked, _ = _measure.trial(model, with_zeros)
         _measure.check_model(sparse, masked, inputs)
 
@@ -351,13 +356,17 @@ _OF_ONE_KIND = {
 }
 
 
+def _hooks_of(module: nn.Module) -> dict[str, Any]:
+    return {name: vars(module)[name] for name in (*_HOOKS, *_HOOK_OPTIONS) if name in vars(module)}
+
+
 def _replace(model: nn.Module, swaps: Mapping[int, tuple[nn.Module, nn.Module]], inplace: bool) -> nn.Module:
     """``model``, or a copy of it, with layers replaced: by the id of the old one, the old and the new one."""
     # With the new layers in the memo, deepcopy puts them wherever the model refers to the old ones.
     memo: dict[int, Any] = {key: new for key, (_, new) in swaps.items()}
     for old, new in swaps.values():
         new.train(old.training)
-        kept = {name: vars(old)[name] for name in (*_HOOKS, *_HOOK_OPTIONS) if name in vars(old)}
+        kept = _hooks_of(old)
         kept |= {
             name: value for name, value in vars(old).items() if name not in vars(new).keys() | _OF_ONE_KIND
         }

@@ -8,7 +8,7 @@ import torch
 
 from sparseops.formats import NM24
 from sparseops.formats.nm24_slabs import pack_slabs
-from sparseops.ops import cuda, derived
+from sparseops.ops import cuda, derived, registry
 from sparseops.ops.derived import derive, forget
 
 
@@ -168,7 +168,8 @@ def test_a_weight_is_packed_once():
     assert cuda.weight(weight.values, weight.meta).slabs is first.slabs
 
 
-def test_f32_values_are_rounded_once():
+def test_f32_values_are_rounded_once(monkeypatch):
+    monkeypatch.setattr(registry, "on_gpu", lambda x: True)
     weight = NM24.from_dense(torch.randn(40, 100), prune="magnitude")
     values = torch.nn.Parameter(weight.values)
     first = cuda.weight(values, weight.meta).values

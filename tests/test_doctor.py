@@ -13,7 +13,9 @@ import torch
 import sparseops
 from sparseops import __main__ as cli
 from sparseops import _native
-from sparseops.ops import REGISTRY
+from sparseops.ops import REGISTRY, cuda
+
+UNCACHED = cuda.gpu_reason.__wrapped__
 
 
 class FakeModule:
@@ -46,12 +48,17 @@ class FakeModule:
 
 @pytest.fixture
 def native(monkeypatch):
-    """Sets what ``_native`` found."""
+    """Sets what ``_native`` found, and what GPU torch sees."""
 
-    def set_native(module, error=None, config_error=None):
+    def set_native(module, error=None, config_error=None, capability=(9, 0)):
         monkeypatch.setattr(_native, "C", module)
         monkeypatch.setattr(_native, "error", error)
         monkeypatch.setattr(_native, "config_error", config_error)
+        monkeypatch.setattr(cuda, "gpu_reason", UNCACHED)
+        monkeypatch.setattr(cuda.torch.cuda, "is_available", lambda: capability is not None)
+        monkeypatch.setattr(cuda.torch.cuda, "get_device_capability", lambda index: capability)
+        monkeypatch.setattr(cuda.torch.cuda, "get_device_name", lambda index: "GPU Y")
+        monkeypatch.setattr(cuda.torch.cuda, "device_count", lambda: 1)
 
     return set_native
 
@@ -67,7 +74,10 @@ def test_doctor_of_this_machine():
     assert found.cpu["torch threads"] == torch.get_num_threads()
     assert {kernel.op for kernel in found.kernels} == set(REGISTRY)
     assert all(kernel.on or (kernel.reason and kernel.cure) for kernel in found.kernels)
-    assert found.ok == all(kernel.on for kernel in found.kernels if kernel.device == "cpu")
+    assert found.ok == all(kernel.on for kernel in found.kernels if kernel.device == "cpu" and kernel.exists)
+    assert {(kernel.op, kernel.device) for kernel in found.kernels if not kernel.exists} == {
+        ("nm24_linear_i8", "cpu")
+    }
     json.loads(found.to_json())
 
 
@@ -88,11 +98,38 @@ def test_healthy_machine(native):
     assert "error" not in found.cuda
     by_place = kernels(found)
     assert by_place["nm24_linear", "cpu"].kernel == "avx2"
-    assert by_place["nm24_to_dense", "cuda"].on
-    linear = by_place["nm24_linear", "cuda"]
-    assert not linear.on
-    assert linear.reason == "there is no CUDA kernel"
-    assert "plain torch reference runs" in linear.cure
+    assert all(by_place[op, "cuda"].on for op in REGISTRY)
+    assert by_place["nm24_linear", "cuda"].kernel.startswith("f16 and bf16 by mma.sp")
+    int8 = by_place["nm24_linear_i8", "cpu"]
+    assert not int8.on and not int8.exists
+    assert int8.reason == "there is no CPU kernel"
+    assert "plain torch reference runs" in int8.cure
+
+
+@pytest.mark.parametrize(
+    ("capability", "reason", "cure"),
+    [
+        ((7, 5), "the GPU has compute capability 7.5, and the kernels need 8.0", "none; the plain torch"),
+        ((10, 0), "sparseops was built for GPU architectures 80;90a, none of which", "build again with its"),
+        (None, "torch sees no GPU: install a torch that", "install a torch that was built with CUDA"),
+    ],
+)
+def test_a_gpu_that_no_kernel_runs_on(native, capability, reason, cure):
+    native(FakeModule(), capability=capability)
+    found = sparseops.doctor()
+    assert found.ok
+    for op in REGISTRY:
+        kernel = kernels(found)[op, "cuda"]
+        assert not kernel.on and kernel.exists
+        assert kernel.reason.startswith(reason)
+        assert kernel.cure.startswith(cure)
+
+
+def test_dense_is_asked_for(native, monkeypatch):
+    native(FakeModule())
+    monkeypatch.setattr(_native, "impl", "dense")
+    kernel = kernels(sparseops.doctor())["nm24_conv", "cuda"]
+    assert (kernel.on, kernel.cure) == (False, "unset SPARSEOPS_IMPL")
 
 
 def test_processor_without_an_instruction_set(native):

@@ -1,13 +1,14 @@
-"""The CUDA kernels on the CPU: every tests/emulation/*_test.cpp, in three builds and several orders of threads.
+"""The CUDA kernels on the CPU: every tests/emulation/*_test.cpp, in three builds and several orders.
 
-Needs g++ 12 on x86-64 Linux, and CUDA's headers (the test extra brings them). tests/emulation/build.py builds by hand
-what is run here.
+Needs g++ 12 on x86-64 Linux, and CUDA's headers (the test extra brings them). tests/emulation/build.py builds
+by hand what is run here.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -32,7 +33,7 @@ build = load("build")
 UNSUPPORTED = build.unsupported()
 needs_emulator = pytest.mark.skipif(UNSUPPORTED is not None, reason=str(UNSUPPORTED))
 
-# the plain build is quick, so it runs in four orders; AddressSanitizer's and the race check need no luck with them
+# the plain build is quick, so it runs in four orders; the other two need no luck with them
 RUNS = [("plain", seed) for seed in range(4)] + [("asan", 0), ("race", 0)]
 RUN_IDS = [f"{kind}-seed{seed}" if kind == "plain" else kind for kind, seed in RUNS]
 
@@ -93,6 +94,62 @@ def test_kernel(results, name, run):
     report = [line for line in result.stdout.splitlines() if not line.startswith("ok ")]
     assert result.returncode == 0, "\n".join([*report, result.stderr])
     assert "ok " in result.stdout
+
+
+# ---- the emulated instructions against those of a GPU
+
+
+RECORDED = sorted((EMULATION / "conformance").glob("*.txt"))
+
+
+@pytest.fixture(scope="session")
+def conformance():
+    built = run_build("plain", "conformance")
+    assert built.returncode == 0, built.stdout + built.stderr
+    return build.program("plain", "conformance")
+
+
+@needs_emulator
+@pytest.mark.parametrize("file", RECORDED or [None], ids=lambda file: file.stem if file else "none")
+def test_the_emulator_does_what_a_gpu_did(conformance, file):
+    if file is None:
+        pytest.skip("no GPU has been recorded yet: the emulator stands on the documents (conformance.cu)")
+    result = run_program(conformance, arguments=("replay", str(file)))
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+@needs_emulator
+def test_a_gpu_that_does_something_else_is_seen(conformance, tmp_path):
+    recorded = run_program(conformance, arguments=("record",)).stdout.splitlines()
+    cases = [line.split()[1] for line in recorded if line.startswith("case ")]
+    file = tmp_path / "gpu.txt"
+
+    def wrong(lines):
+        file.write_text("\n".join(lines) + "\n")
+        said = run_program(conformance, arguments=("replay", str(file))).stdout.splitlines()
+        assert len(said) == len(cases) + 1
+        return [line.split(":")[0].removeprefix("FAIL ") for line in said if line.startswith("FAIL ")]
+
+    def with_flipped(bit):  # in the last result of each case
+        for line, after in zip(recorded, [*recorded[1:], "case"], strict=True):
+            if line.startswith("out ") and after.startswith("case"):
+                first, _, last = line.rpartition(" ")
+                line = f"{first} {int(last, 16) ^ 1 << bit:08x}"
+            yield line
+
+    assert wrong(recorded) == []
+    assert wrong(list(with_flipped(31))) == cases
+    assert wrong(list(with_flipped(0))) == [case for case in cases if not case.endswith(("near_one", "any"))]
+    assert wrong(recorded[: recorded.index(f"case {cases[-1]}")]) == cases[-1:]
+
+
+def test_every_instruction_is_recorded():
+    wrappers = re.findall(
+        r"^SPARSEOPS_DEVICE \w+\*? (\w+)\(", (build.CSRC / "cuda" / "ptx.cuh").read_text(), re.M
+    )
+    assert len(wrappers) > 8
+    program = (EMULATION / "conformance.cu").read_text()
+    assert [name for name in wrappers if not re.search(rf"ptx::{name}\b", program)] == []
 
 
 def test_every_kernel_has_a_test():

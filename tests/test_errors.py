@@ -13,7 +13,16 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sparseops import _native, env
 from sparseops.formats import NM24
-from sparseops.ops import REGISTRY, nm24_conv, nm24_linear, nm24_to_dense, registry
+from sparseops.ops import (
+    REGISTRY,
+    nm24_compress,
+    nm24_conv,
+    nm24_grad_values,
+    nm24_linear,
+    nm24_linear_i8,
+    nm24_to_dense,
+    registry,
+)
 
 WEIGHT = NM24.from_dense(torch.randn(6, 40), prune="magnitude")
 KERNEL = NM24.from_dense(torch.randn(6, 5, 3, 2), prune="magnitude")
@@ -174,6 +183,122 @@ def test_nm24_to_dense(arguments, error, match, path):
         nm24_to_dense(*arguments)
 
 
+RESIDUAL = [
+    (linear, {"residual": torch.randn(3, 7)}, ValueError, r"must have shape \(3, 6\), got \(3, 7\)"),
+    (linear, {"residual": torch.randn(6)}, ValueError, r"must have shape \(3, 6\), got \(6,\)"),
+    (linear, {"residual": torch.randn(3, 6).half()}, TypeError, r"must have the dtype of x \(torch.float32"),
+    (
+        conv,
+        {"residual": torch.randn(6, 5, 7)},
+        ValueError,
+        r"must have shape \(2, 6, 5, 7\), got \(6, 5, 7\)",
+    ),
+    (conv, {"residual": torch.randn(2, 6, 5, 7).double()}, TypeError, "must have the dtype of x"),
+    (
+        linear,
+        {"residual": torch.ones(3, 6, device="meta")},
+        ValueError,
+        r"must be on the device of x \(cpu\)",
+    ),
+]
+
+
+@pytest.mark.parametrize(("fn", "arguments", "error", "match"), RESIDUAL)
+def test_residual(fn, arguments, error, match, path):
+    with pytest.raises(error, match=f"^nm24_.*: residual {match}"):
+        fn(**arguments)
+
+
+INT8 = {
+    "x": torch.ones(3, 40, dtype=torch.int8),
+    "values": WEIGHT.values.to(torch.int8),
+    "meta": WEIGHT.meta,
+    "x_scale": torch.ones(3),
+    "w_scale": torch.ones(6),
+    "bias": BIAS,
+}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "match"),
+    [
+        ({"x": X}, TypeError, "x must have dtype torch.int8, got torch.float32"),
+        ({"values": WEIGHT.values}, TypeError, "values must have dtype torch.int8, got torch.float32"),
+        ({"meta": WEIGHT.meta.int()}, TypeError, "meta must have dtype torch.uint8, got torch.int32"),
+        ({"x_scale": torch.ones(3).half()}, TypeError, "x_scale must have dtype torch.float32, got torch.fl"),
+        (
+            {"w_scale": torch.ones(6).double()},
+            TypeError,
+            "w_scale must have dtype torch.float32, got torch.f",
+        ),
+        ({"bias": BIAS.half()}, TypeError, "bias must have dtype torch.float32, got torch.float16"),
+        (
+            {"out_dtype": torch.float64},
+            TypeError,
+            "out_dtype must be one of torch.float32, torch.float16, torch.bfloat16, got torch.float64",
+        ),
+        ({"x": INT8["x"][0, 0]}, ValueError, "x must have at least one dimension, got a scalar"),
+        ({"x": INT8["x"][:, :32]}, ValueError, "x must have 33 to 64 features .*, got 32"),
+        (
+            {"values": INT8["values"][:, :20]},
+            ValueError,
+            r"values must have shape \[O, P/2\], .* got \(6, 20",
+        ),
+        ({"meta": WEIGHT.meta[:5]}, ValueError, r"meta must have shape \(6, 8\), got \(5, 8\)"),
+        ({"x_scale": torch.ones(2)}, ValueError, r"x_scale must have shape \(3,\) or \(1,\), got \(2,\)"),
+        ({"w_scale": torch.ones(5)}, ValueError, r"w_scale must have shape \(6,\), got \(5,\)"),
+        ({"bias": torch.ones(1)}, ValueError, r"bias must have shape \(6,\), got \(1,\)"),
+        ({"activation": "tanh"}, ValueError, "activation must be one of none, relu, silu, gelu, got 'tanh'"),
+        (
+            {"w_scale": torch.ones(6, device="meta")},
+            ValueError,
+            r"w_scale must be on the device of x \(cpu\)",
+        ),
+    ],
+)
+def test_nm24_linear_i8(arguments, error, match, path):
+    with pytest.raises(error, match=f"^nm24_linear_i8: .*{match}"):
+        nm24_linear_i8(**{**INT8, "out_dtype": torch.float32, **arguments})
+
+
+@pytest.mark.parametrize(
+    ("packed", "error", "match"),
+    [
+        (torch.ones(2, 32).int(), TypeError, "packed must be a floating-point tensor .*, got torch.int32"),
+        (torch.ones(2, 40), ValueError, r"packed must have shape \[O, P\], P divisible by 32, got \(2, 40\)"),
+        (torch.ones(32), ValueError, r"packed must have shape \[O, P\], .* got \(32,\)"),
+    ],
+)
+def test_nm24_compress(packed, error, match, path):
+    with pytest.raises(error, match=f"^nm24_compress: {match}"):
+        nm24_compress(packed)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "match"),
+    [
+        (
+            {"grad": torch.ones(3, 6).int()},
+            TypeError,
+            "grad must be a floating-point tensor .*, got torch.int",
+        ),
+        ({"x": X.half()}, TypeError, r"x must have the dtype of grad \(torch.float32\), got torch.float16"),
+        ({"meta": WEIGHT.meta.int()}, TypeError, "meta must have dtype torch.uint8, got torch.int32"),
+        ({"grad": torch.ones(6)}, ValueError, r"grad must have shape \[tokens, O\], got \(6,\)"),
+        ({"x": X[:2]}, ValueError, r"x must have shape \[3, K\], got \(2, 40\)"),
+        ({"x": X[:, :32]}, ValueError, r"meta must have shape \(6, 4\), got \(6, 8\)"),
+        (
+            {"meta": WEIGHT.meta.to("meta")},
+            ValueError,
+            r"meta must be on the device of grad \(cpu\), got meta",
+        ),
+    ],
+)
+def test_nm24_grad_values(arguments, error, match, path):
+    with pytest.raises(error, match=f"^nm24_grad_values: {match}"):
+        nm24_grad_values(**{"grad": torch.ones(3, 6), "x": X, "meta": WEIGHT.meta, **arguments})
+
+
 @pytest.mark.parametrize("name", ["x", "values", "meta", "bias"])
 def test_every_tensor_on_one_device(name, path):
     rule = "values must be on the device of x (meta), got cpu"
@@ -227,39 +352,6 @@ def test_a_missing_module_is_said_once(nothing_said, monkeypatch):
         _native.require("nm24_conv")
 
 
-def test_another_device_has_no_kernel():
-    for op in REGISTRY.values():
-        with FakeTensorMode():
-            assert op.supports(torch.empty(2, 32, device="xpu")) == "there is no XPU kernel"
-            if op.name != "nm24_to_dense":
-                assert op.supports(torch.empty(2, 32, device="cuda")) == "there is no CUDA kernel"
-
-
-@pytest.mark.parametrize(
-    ("module", "reason"),
-    [
-        (None, "the reason"),
-        (
-            {"build_info": lambda: {"cuda": False}},
-            "sparseops was built without CUDA: reinstall it with SPARSEOPS_CUDA=1",
-        ),
-        (
-            {"build_info": lambda: {"cuda": True}, "cuda_probe": lambda: {"error": "the driver is too old"}},
-            "the driver is too old",
-        ),
-        ({"build_info": lambda: {"cuda": True}, "cuda_probe": lambda: {"error": None}}, None),
-    ],
-)
-def test_why_expanding_on_cuda_has_no_kernel(module, reason, monkeypatch):
-    monkeypatch.setattr(_native, "C", module and SimpleNamespace(**module))
-    monkeypatch.setattr(_native, "error", "the reason")
-    supports = REGISTRY["nm24_to_dense"].supports
-    with FakeTensorMode():
-        values = torch.empty(2, 32, device="cuda")
-        assert supports(values) == reason
-        assert supports(values.double()) == "there is no CUDA kernel for torch.float64"
-
-
 def test_a_bad_variable_is_an_error_when_a_kernel_is_asked_for(monkeypatch):
     monkeypatch.setattr(registry, "FAST", False)
     monkeypatch.setattr(_native, "config_error", "SPARSEOPS_FAST_PATH must be 0 or 1, got 'yes'")
@@ -272,40 +364,49 @@ def test_a_bad_variable_is_an_error_when_a_kernel_is_asked_for(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("variable", "value", "message"),
+    ("read", "variable", "value", "message", "default"),
     [
         (
+            env.cpu_isa,
             "SPARSEOPS_CPU_ISA",
             "sse9",
             "SPARSEOPS_CPU_ISA must be one of portable, avx2, avx512, avx512_bf16, got 'sse9'",
+            None,
         ),
-        ("SPARSEOPS_FAST_PATH", "yes", "SPARSEOPS_FAST_PATH must be 0 or 1, got 'yes'"),
+        (env.fast_path, "SPARSEOPS_FAST_PATH", "yes", "SPARSEOPS_FAST_PATH must be 0 or 1, got 'yes'", True),
+        (env.emulate, "SPARSEOPS_EMULATE", "2", "SPARSEOPS_EMULATE must be 0 or 1, got '2'", False),
+        (
+            env.impl,
+            "SPARSEOPS_IMPL",
+            "huge",
+            "SPARSEOPS_IMPL must be one of auto, few8, few16, small, large, dense, got 'huge'",
+            "auto",
+        ),
     ],
 )
-def test_bad_variables(variable, value, message, monkeypatch):
+def test_bad_variables(read, variable, value, message, default, monkeypatch):
     monkeypatch.setenv(variable, value)
-    read = env.cpu_isa if variable == "SPARSEOPS_CPU_ISA" else env.fast_path
     with pytest.raises(ValueError) as refused:
         read()
     assert str(refused.value) == message
-    assert _native._configure(_native.C) == (False, message)
+    assert _native._configure(_native.C) == _native.Config(fast_path=False, error=message)
     monkeypatch.setenv(variable, "")
-    assert read() == (None if variable == "SPARSEOPS_CPU_ISA" else True)
+    assert read() == default
 
 
 def test_an_instruction_set_that_cannot_run_here(monkeypatch):
     monkeypatch.setenv("SPARSEOPS_CPU_ISA", "avx512")
     module = SimpleNamespace(cpu_supports=lambda isa: isa in ("portable", "avx2"))
-    assert _native._configure(module) == (
-        False,
-        "SPARSEOPS_CPU_ISA must name an instruction set that was built and that this processor has "
+    assert _native._configure(module) == _native.Config(
+        fast_path=False,
+        error="SPARSEOPS_CPU_ISA must name an instruction set that was built and that this processor has "
         "(portable, avx2), got 'avx512'",
     )
 
 
 def test_why_there_is_no_module(monkeypatch):
     monkeypatch.setattr(_native.importlib.util, "find_spec", lambda name: None)
-    module, reason = _native._load()
+    module, reason = _native._load(emulate=False)
     assert module is None
     assert "has no built module" in reason and "pip install" in reason
 
@@ -313,7 +414,7 @@ def test_why_there_is_no_module(monkeypatch):
 def test_the_module_of_another_tree_is_not_taken(monkeypatch, tmp_path):
     found = SimpleNamespace(origin=str(tmp_path / "sparseops" / "_C.so"))
     monkeypatch.setattr(_native.importlib.util, "find_spec", lambda name: found)
-    module, reason = _native._load()
+    module, reason = _native._load(emulate=False)
     assert module is None
     assert "has no built module" in reason
 
@@ -323,7 +424,7 @@ def test_why_the_module_cannot_be_imported(monkeypatch):
         raise ImportError("undefined symbol: x")
 
     monkeypatch.setattr(_native.importlib, "import_module", broken)
-    module, reason = _native._load()
+    module, reason = _native._load(emulate=False)
     assert module is None
     assert "cannot be imported (undefined symbol: x): reinstall sparseops" in reason
 
@@ -347,6 +448,9 @@ except ValueError as error:
     [
         ({"SPARSEOPS_CPU_ISA": "portable"}, "portable True"),
         ({"SPARSEOPS_CPU_ISA": "portable", "SPARSEOPS_FAST_PATH": "0"}, "portable False"),
+        ({"SPARSEOPS_CPU_ISA": "portable", "SPARSEOPS_IMPL": "few8"}, "portable True"),
+        ({"SPARSEOPS_IMPL": "few9"}, "SPARSEOPS_IMPL must be one of .*, got 'few9'"),
+        ({"SPARSEOPS_EMULATE": "on"}, "SPARSEOPS_EMULATE must be 0 or 1, got 'on'"),
         ({"SPARSEOPS_FAST_PATH": "2"}, "SPARSEOPS_FAST_PATH must be 0 or 1, got '2'"),
         ({"SPARSEOPS_CPU_ISA": "AVX2"}, "SPARSEOPS_CPU_ISA must be one of .*, got 'AVX2'"),
     ],

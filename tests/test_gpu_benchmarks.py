@@ -408,53 +408,65 @@ def test_rows_after_a_crash(tmp_path: Path) -> None:
 
 
 def test_watch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def watched(code: str, seconds: float) -> str | None:
-        process = subprocess.Popen([sys.executable, "-S", "-c", code])
+    def watched(target: Callable, argument: object, seconds: float) -> str | None:
+        process = gpu_run.FORK.Process(target=target, args=(argument,))
+        process.start()
         answer = gpu_run.watch(process, tmp_path / "now", time.time() + seconds)
-        assert process.poll() is not None
+        assert not process.is_alive()
         return answer
 
-    assert watched("pass", 20) is None
-    assert watched("import os; os._exit(7)", 20) == "the process died with status 7"
-    assert watched("import os; os.kill(os.getpid(), 11)", 20) == "the process died with status -11"
-    assert watched("import time; time.sleep(60)", 0.3) == "cut"
+    assert watched(time.sleep, 0, 20) is None
+    assert watched(os._exit, 7, 20) == "the process died with status 7"
+    assert watched(lambda signal: os.kill(os.getpid(), signal), 9, 20) == "the process died with status -9"
+    assert watched(time.sleep, 60, 0.3) == "cut"
     monkeypatch.setattr(gpu_run, "HUNG_SECONDS", 0.3)
-    assert watched("import time; time.sleep(60)", 20) == "hung for 0.3 s"
+    assert watched(time.sleep, 60, 20) == "hung for 0.3 s"
+
+
+@pytest.fixture
+def children(monkeypatch: pytest.MonkeyPatch) -> tuple[list, list]:
+    """The journals that children are started with; a list takes what each of them does and how it ends."""
+    started: list[gpu_run.Journal] = []
+    deeds: list[tuple[Callable[[gpu_run.Journal], None], str | None]] = []
+
+    class Process:
+        def __init__(self, target: Callable, args: tuple) -> None:
+            assert target is gpu_run.child
+            started.append(args[-1])
+
+        def start(self) -> None:
+            deeds[len(started) - 1][0](started[-1])
+
+    monkeypatch.setattr(gpu_run, "FORK", SimpleNamespace(Process=Process))
+    monkeypatch.setattr(gpu_run, "watch", lambda *_: deeds[len(started) - 1][1])
+    return started, deeds
 
 
 def test_a_process_that_dies_is_started_again_behind_what_it_died_of(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, children: tuple[list, list]
 ) -> None:
-    started: list[list[dict]] = []
-
-    def start(command: list[str]) -> Path:
-        *_, marker, known = command
-        started.append(json.loads(known))
-        if len(started) == 1:
-            gpu_run.Journal(Path(marker)).at(TINY, "cusparselt")
-        elif len(started) == 2:
-            gpu_run.Journal(Path(marker)).at(TINY, "sparseops", "large/2", "an illegal memory access")
-        return Path(marker)
-
-    def watch(process: Path, marker: Path, until: float) -> str | None:
-        return None if len(started) == 3 else "the process died with status -11"
-
-    monkeypatch.setattr(gpu_run.subprocess, "Popen", start)
-    monkeypatch.setattr(gpu_run, "watch", watch)
-    gpu_run.supervise("nm24_linear", tmp_path, time.time() + 60, dry_run=True)
-    assert [len(known) for known in started] == [0, 1, 2]
-    first, second = started[2]
-    assert (first["contender"], first["how"]) == ("cusparselt", "the process died with status -11")
-    assert (second["plan"], second["how"]) == ("large/2", "an illegal memory access")
+    started, deeds = children
+    deeds += [
+        (lambda journal: journal.at(TINY, "cusparselt"), "the process died with status -11"),
+        (lambda journal: journal.at(TINY, "sparseops", "large/2", "an illegal memory access"), "status 70"),
+        (lambda journal: None, None),
+    ]
+    crashes = gpu_run.supervise("nm24_linear", tmp_path, time.time() + 60, dry_run=True)
+    assert [(c.contender, c.plan, c.how) for c in crashes] == [
+        ("cusparselt", "", "the process died with status -11"),
+        ("sparseops", "large/2", "an illegal memory access"),
+    ]
+    assert len(started) == 3 and started[0].verdict(TINY, "cusparselt") is None
+    assert started[2].verdict(TINY, "cusparselt") and started[2].verdict(TINY, "sparseops", "large/2")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_process_that_cannot_begin_is_not_started_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("how", ["cut", "the process died with status 1"])
+def test_a_process_that_is_cut_or_cannot_begin_is_not_started_again(
+    tmp_path: Path, children: tuple[list, list], how: str
 ) -> None:
-    started = []
-    monkeypatch.setattr(gpu_run.subprocess, "Popen", started.append)
-    monkeypatch.setattr(gpu_run, "watch", lambda *_: "the process died with status 1")
+    started, deeds = children
+    deeds.append((lambda journal: None, how))
     assert gpu_run.supervise("nm24_linear", tmp_path, time.time() + 60, dry_run=True) == []
     assert len(started) == 1
 
@@ -473,11 +485,11 @@ def test_works_that_have_rows_are_not_done_again_and_time_runs_out(
 
     monkeypatch.setattr(gpu_run.Bench, "run", fake)
     gpu_results.append(tmp_path / "layers.csv", [replace(a_row(), work=works[0].name, dtype=works[0].tag)])
-    assert gpu_run.child("nm24_linear", tmp_path, time.time() + 60, True, journal) == 0
+    gpu_run.child("nm24_linear", tmp_path, time.time() + 60, True, journal)
     assert done == [work.name + work.tag for work in works[1:]]
     (tmp_path / "layers.csv").unlink()
     monkeypatch.setattr(gpu_run, "LONGEST_WORK_SECONDS", 5)
-    assert gpu_run.child("nm24_linear", tmp_path, time.time() + 4, True, journal) == 0
+    gpu_run.child("nm24_linear", tmp_path, time.time() + 4, True, journal)
     assert f"out of time before {works[0].name}" in capsys.readouterr().out
 
 
@@ -494,13 +506,6 @@ def test_gpu_run_says_what_came_of_it(
     assert gpu_run.main(["nm24_linear", "--out", str(tmp_path), "--dry-run"]) == 1
     output = capsys.readouterr().out
     assert "large/1: wrong: all" in output and "1 of 4 works, 1 wrong or failed of 2 calls of ours" in output
-
-
-def test_gpu_run_for_real(tmp_path: Path) -> None:
-    """Parent and child, on the CPU."""
-    assert gpu_run.main(["nm24_conv", "--out", str(tmp_path), "--dry-run"]) == 0
-    rows = gpu_results.read(GpuRow, tmp_path / "layers.csv")
-    assert len({row.key for row in rows}) == 3 and all(row.status == "ok" for row in rows)
 
 
 # ---- files
@@ -773,9 +778,11 @@ def test_splicing_needs_the_markers() -> None:
 def test_a_run_is_kept(whole_run: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     root = tmp_path_factory.mktemp("results")
     (whole_run / "log.txt").write_text("long")
-    kept = gpu_table.keep(whole_run, root)
+    (whole_run / "conformance.txt").write_text("recorded")
+    kept = gpu_table.keep(whole_run, root, root)
     assert kept == root / "nvidia-h999" / "29990101T0000Z-abc" and gpu_results.kept_runs(root) == [kept]
     assert not (kept / "log.txt").exists()
+    assert (root / "nvidia-h999.txt").read_text() == "recorded"
     loaded = gpu_table.load(kept)
     assert loaded.gpu == "NVIDIA H999" and loaded.tests["nm24_conv"].passed == 10
     assert loaded.rows == gpu_results.read(GpuRow, whole_run / "layers.csv")
@@ -792,7 +799,7 @@ def test_what_is_no_evidence_is_not_kept(whole_run: Path, changes: dict | None, 
     else:
         file.write_text(json.dumps(json.loads(file.read_text()) | changes))
     with pytest.raises(ValueError, match=refusal):
-        gpu_table.keep(whole_run, whole_run / "kept")
+        gpu_table.keep(whole_run, whole_run / "kept", whole_run)
 
 
 # ---- the script
@@ -827,6 +834,13 @@ def run_script(folder: Path, scene: str, **variables: str) -> tuple[int, dict[st
         'echo "sanitizer $* | $PYTORCH_NO_CUDA_MEMORY_CACHING" >>"$CALLS"\n'
         'while [[ $1 != *python ]]; do shift; done; "$@"; echo "========= ERROR SUMMARY: 0 errors"',
     )
+    # nvcc makes a program that records a line, unless the scene says that it cannot
+    program(
+        folder,
+        "bin/nvcc",
+        "while [[ $1 != -o ]]; do shift; done; [[ $SCENE != no_nvcc ]] || exit 1\n"
+        'printf "#!/bin/bash\\necho $SCENE \\$1; [[ $SCENE != no_record ]]\\n" >"$2"; chmod +x "$2"',
+    )
     environment = {
         "PATH": f"{folder}/bin:/usr/bin:/bin",
         "HOME": str(folder),
@@ -849,6 +863,7 @@ STAGES = [
     "environment",
     "build",
     "tests",
+    "conformance",
     "nm24_linear",
     "nm24_linear_i8",
     "nm24_conv",
@@ -886,13 +901,31 @@ def test_script_runs_its_stages_in_order(tmp_path: Path) -> None:
     assert printed.rstrip().endswith((tmp_path / "out" / "summary.txt").read_text().rstrip())
     assert "rows of nm24_conv" in (tmp_path / "out" / "log.txt").read_text()
     files = sorted(file.name for file in (tmp_path / "out").iterdir())
-    assert files == ["environment.json", "log.txt", "stages.csv", "summary.txt", "tests.csv"]
+    assert files == [
+        "conformance.txt",
+        "environment.json",
+        "log.txt",
+        "stages.csv",
+        "summary.txt",
+        "tests.csv",
+    ]
+    assert (tmp_path / "out" / "conformance.txt").read_text() == "fine record\n"
+    assert stages["conformance"].note == "1 lines"
+
+
+@pytest.mark.parametrize("scene", ["no_nvcc", "no_record"])
+def test_script_without_a_recording(tmp_path: Path, scene: str) -> None:
+    status, stages, _, _ = run_script(tmp_path, scene)
+    assert status == 1 and stages["conformance"].status == "failed" and stages["nm24_conv"].status == "ok"
+    assert not (tmp_path / "out" / "conformance.txt").exists()
 
 
 def test_script_without_a_build(tmp_path: Path) -> None:
     status, stages, calls, printed = run_script(tmp_path, "no_build")
     assert status == 1 and stages["build"].status == "failed" and "nvcc died" in printed
-    assert {stages[name].status for name in STAGES[2:-1]} == {"not run"} and stages["summary"].status == "ok"
+    assert stages["conformance"].status == stages["summary"].status == "ok"  # they need no build of ours
+    others = set(STAGES[2:]) - {"conformance", "summary"}
+    assert {stages[name].status for name in others} == {"not run"}
     assert not any("gpu_run" in call for call in calls)
 
 
@@ -938,4 +971,4 @@ def test_script_on_the_cpu(tmp_path: Path) -> None:
     assert {row.op for row in rows} == set(gpu_shapes.WORKS)
     assert "stand-in for a GPU" in (tmp_path / "out" / "summary.txt").read_text()
     with pytest.raises(ValueError, match="run on a GPU"):
-        gpu_table.keep(tmp_path / "out", tmp_path / "kept")
+        gpu_table.keep(tmp_path / "out", tmp_path / "kept", tmp_path)

@@ -214,6 +214,16 @@ def test_dense_can_be_asked_for(native, monkeypatch):
             call(op, args, kwargs)
 
 
+def test_a_tile_can_be_asked_for(native, monkeypatch):
+    (args, kwargs), (image, options) = (case_of(op, "tail").make(torch.float16) for op in (LINEAR, CONV))
+    for tile in ("few8", "few16", "small", "large"):
+        monkeypatch.setattr(_native, "impl", tile)
+        assert_result(LINEAR, call(LINEAR, args, kwargs), args, kwargs)
+    monkeypatch.setattr(_native, "impl", "few8")
+    with pytest.raises(ValueError, match="^nm24_conv: SPARSEOPS_IMPL must be auto, dense or one of small, l"):
+        call(CONV, image, options)
+
+
 def test_a_weight_packed_on_the_gpu(native):
     w = torch.randn(40, 20, 3, 3).half()
     there = NM24.from_dense(w.to(GPU), prune="magnitude")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGE, CSRC = ROOT / "sparseops", ROOT / "csrc"
+PACKAGE, CSRC, EMULATION = ROOT / "sparseops", ROOT / "csrc", ROOT / "tests" / "emulation"
 
 # module or subpackage of sparseops -> what it may import of sparseops, and from outside the standard library
 PYTHON = {
@@ -31,7 +31,10 @@ PYTHON = {
     ),
 }
 # within a subpackage: what lies at the bottom, and so imports nothing beside it
-BOTTOM = {"formats": {"base"}, "ops": {"registry", "common"}}
+BOTTOM = {
+    "formats": {"base"},
+    "ops": {"registry", "common", "conv_geometry", "derived", "dispatch"},
+}
 # kind of file in csrc (first pattern that fits) -> what its includes may look like; the C++ standard library
 # is open to all
 SOURCES = [
@@ -40,8 +43,19 @@ SOURCES = [
     (r"cpu/vector\.h", [r"immintrin\.h", r"arm_neon\.h"]),
     (r"cpu/.*", [r"ops\.h", r"cpu/.*\.h", r"omp\.h"]),
     (r"cuda/absent\.cpp", [r"ops\.h"]),
-    (r"cuda/.*\.cuh", [r"cuda/.*\.cuh", r"cuda_runtime\.h", r"cuda_fp16\.h", r"cuda_bf16\.h"]),
+    # the two doors to the GPU, behind which tests put the emulator; no other file knows of it
+    (r"cuda/ptx\.cuh", [r"ptx_emulation\.h", r"cuda_fp16\.h", r"cuda_bf16\.h"]),
+    (r"cuda/launch\.cuh", [r"cuda_emulation\.h", r"cuda_runtime\.h"]),
+    (r"cuda/.*\.cuh", [r"cuda/.*\.cuh", r"ops\.h", r"cuda_runtime\.h", r"cuda_fp16\.h", r"cuda_bf16\.h"]),
     (r"cuda/.*\.cu", [r"cuda/.*\.cuh", r"ops\.h", r"cuda_runtime\.h"]),
+]
+# the same for tests/emulation, where what lies beside a file is open to it. The emulator knows no kernel.
+CUDA_HEADERS = [r"cuda_(runtime|fp16|bf16)\.h", r"vector_types\.h"]
+SYSTEM_HEADERS = [r"(dlfcn|link|math|signal|ucontext|sys/mman|sanitizer/.*)\.h"]
+EMULATION_SOURCES = [
+    (r".*_test\.cpp", [r"cuda/.*\.cuh", r"ops\.h", *CUDA_HEADERS]),
+    (r"conformance.*", [r"cuda/(ptx|launch)\.cuh", *CUDA_HEADERS]),
+    (r".*", CUDA_HEADERS + SYSTEM_HEADERS),
 ]
 FRAMEWORK = re.compile(r"^(torch|ATen|c10|caffe2)(/|$)")
 
@@ -89,7 +103,9 @@ def wrong_imports(path):
 
 
 PYTHON_FILES = sorted(PACKAGE.rglob("*.py"))
-SOURCE_FILES = sorted(path for path in CSRC.rglob("*") if path.suffix in (".h", ".cpp", ".cu", ".cuh"))
+C_SUFFIXES = (".h", ".cpp", ".cu", ".cuh")
+SOURCE_FILES = sorted(path for path in CSRC.rglob("*") if path.suffix in C_SUFFIXES)
+EMULATION_FILES = sorted(path for path in EMULATION.iterdir() if path.suffix in C_SUFFIXES)
 
 
 def names(path):
@@ -138,7 +154,7 @@ def test_only_env_reads_the_environment(path):
 
 
 def includes_of(path):
-    """(header, line), a header beside the file or below csrc written as a path from csrc."""
+    """(header, line), a header below csrc written as a path from csrc, another beside the file by name."""
     for number, line in enumerate(path.read_text().splitlines(), 1):
         found = re.match(r'\s*#\s*include\s+(?:"([^"]+)"|<([^>]+)>)', line)
         if not found:
@@ -149,15 +165,17 @@ def includes_of(path):
             continue
         for base in (path.parent, CSRC):
             if (base / quoted).exists():
-                yield (base / quoted).resolve().relative_to(CSRC).as_posix(), number
+                header = (base / quoted).resolve()
+                root = CSRC if CSRC in header.parents else path.parent
+                yield header.relative_to(root).as_posix(), number
                 break
         else:
             yield quoted, number
 
 
-def wrong_includes(path):
-    name = path.relative_to(CSRC).as_posix()
-    allowed = next((allowed for kind, allowed in SOURCES if re.fullmatch(kind, name)), None)
+def wrong_includes(path, root, table):
+    name = path.relative_to(root).as_posix()
+    allowed = next((allowed for kind, allowed in table if re.fullmatch(kind, name)), None)
     if allowed is None:
         yield f"{name} is of no known kind"
         return
@@ -169,7 +187,14 @@ def wrong_includes(path):
 
 @pytest.mark.parametrize("path", SOURCE_FILES, ids=names)
 def test_includes(path):
-    assert not list(wrong_includes(path))
+    assert not list(wrong_includes(path, CSRC, SOURCES))
+
+
+@pytest.mark.parametrize("path", EMULATION_FILES, ids=names)
+def test_includes_of_the_emulator(path):
+    beside = [re.escape(file.name) for file in EMULATION_FILES if file.suffix == ".h"]
+    table = [(kind, allowed + beside) for kind, allowed in EMULATION_SOURCES]
+    assert not list(wrong_includes(path, EMULATION, table))
 
 
 @pytest.mark.parametrize("path", SOURCE_FILES, ids=names)
@@ -188,11 +213,19 @@ def test_a_wrong_include_is_seen(tmp_path, monkeypatch):
     path.write_text(
         '#include <vector>\n#include <torch/extension.h>\n#  include "../cuda/tile.cuh"\n#include <c10/x>'
     )
-    assert list(wrong_includes(path)) == [
+    assert list(wrong_includes(path, tmp_path, SOURCES)) == [
         "cpu/nm24_linear.cpp:2 includes torch/extension.h",
         "cpu/nm24_linear.cpp:3 includes cuda/tile.cuh",
         "cpu/nm24_linear.cpp:4 includes c10/x",
     ]
+    path = tmp_path / "cuda" / "nm24_linear.cuh"
+    path.write_text('#include "ptx_emulation.h"')
+    assert list(wrong_includes(path, tmp_path, SOURCES)) == [
+        "cuda/nm24_linear.cuh:1 includes ptx_emulation.h"
+    ]
+    path = tmp_path / "block.cpp"
+    path.write_text('#include "cuda/tile.cuh"\n#include <link.h>')
+    assert list(wrong_includes(path, tmp_path, EMULATION_SOURCES)) == ["block.cpp:1 includes cuda/tile.cuh"]
 
 
 def test_tests_and_examples_do_not_import_one_another():

@@ -191,7 +191,10 @@ def test_check_passes_in_every_dtype(dtype, always_faster):
     assert len(sparseops.explain(sparse).sparse_rows) == 2
 
 
-def test_layer_is_timed_on_what_its_hooks_make_of_the_input():
+@pytest.mark.parametrize("faster", [True, False])
+def test_layer_is_timed_on_what_its_hooks_make_of_the_input(faster, request):
+    if faster:  # and so in the models that are compared
+        request.getfixturevalue("always_faster")
     model = nn.Sequential(nn.Linear(64, 64))
     model[0].register_forward_pre_hook(lambda layer, args: (args[0][:, :64],))
     with warnings.catch_warnings():

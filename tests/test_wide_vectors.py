@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pybind11
 import pytest
-from conftest import every_case, every_dtype
+from conftest import CASES, LAYERS, every_dtype
 
 from sparseops import _native
 from sparseops.testing import assert_close, expect
@@ -52,7 +52,7 @@ def wide(tmp_path_factory):
 
 
 @every_dtype
-@every_case
+@pytest.mark.parametrize(("op", "case"), [case for case in CASES if case.values[0] in LAYERS])
 def test_wide_vectors(op, case, dtype, wide, monkeypatch):
     monkeypatch.setattr(_native, "C", wide)
     args, kwargs = case.make(dtype)

@@ -184,7 +184,8 @@ def prepare(values: Tensor, meta: Tensor, *, groups: int = 1, **_: Any) -> None:
 
 def forget_values(values: Tensor) -> None:
     """The values are being trained, perhaps by writes that leave no trace: take no copy for theirs."""
-    forget(values, torch.bfloat16)
+    if values.dtype is torch.float32 and registry.on_gpu(values):
+        forget(values, torch.bfloat16)
 
 
 def workspace(plan: dispatch.Plan, device: torch.device) -> tuple[Tensor | None, Tensor | None]:

@@ -92,7 +92,12 @@ def plan(op: str, product: Product, multiprocessors: int, allowed: Sequence[str]
             f"got {forced!r}"
         )
     names = (forced,) if forced in tiles else _candidates(product.tokens, allowed)
-    plans = [_split(product, tiles[name], multiprocessors) for name in names]
+    return _soonest(product, multiprocessors, tuple(tiles[name] for name in names))
+
+
+@lru_cache(maxsize=1024)
+def _soonest(product: Product, multiprocessors: int, tiles: tuple[Tile, ...]) -> Plan:
+    plans = [_split(product, tile, multiprocessors) for tile in tiles]
     return min(plans, key=lambda plan: _duration(plan, multiprocessors))
 
 
