@@ -45,7 +45,7 @@ stage_build() {
 
 stage_tests() {
   local chosen=(-m cuda --continue-on-collection-errors tests)
-  [[ -z $DRY_RUN ]] || chosen=(-k names_its_architecture tests/test_gpu_benchmarks.py)
+  [[ -z $DRY_RUN ]] || chosen=(-k names_its_architecture tests/test_gpu_reports.py)
   "$PYTHON" -m pytest -v --tb=short -p no:cacheprovider "${chosen[@]}"
 }
 

@@ -2,6 +2,7 @@
 and what a failed conversion must leave alone."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import hypothesis
 import pytest
@@ -163,3 +164,12 @@ class Wrapper(torch.nn.Module):
 
     def forward(self, x):
         return self.op.fn(x, self.values, self.columns, self.bias, **self.kwargs)
+
+
+def program(folder: Path, name: str, text: str) -> Path:
+    """A program that stands for another on PATH: a bash script of one text."""
+    file = folder / name
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(f"#!/bin/bash\n{text}\n")
+    file.chmod(0o755)
+    return file

@@ -7,7 +7,7 @@ import warnings
 
 import pytest
 import torch
-from conftest import CASES, DTYPES, GPU, SMOOTH_CASES, Native, case_of, layout, moved
+from conftest import CASES, DTYPES, GPU, SMOOTH_CASES, Dispatched, Native, case_of, layout, moved
 
 from sparseops import SparseConv2d, SparseLinear, _native
 from sparseops.formats import NM24
@@ -19,6 +19,9 @@ from sparseops.testing import Expected, assert_close, expect, expect_grads, grad
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(GPU is None, reason="there is no GPU")]
 
 LINEAR, CONV, INT8 = REGISTRY["nm24_linear"], REGISTRY["nm24_conv"], REGISTRY["nm24_linear_i8"]
+FEW = [
+    c for c in CASES if c.values[0] in (LINEAR, CONV, INT8) and c.values[1].name in ("tail", "vector", "gelu")
+]
 HALVES = {"bf16": torch.bfloat16, "f16": torch.float16}
 every_half = pytest.mark.parametrize("dtype", HALVES.values(), ids=HALVES)
 
@@ -100,7 +103,7 @@ def cut(monkeypatch, tile, splits):
 @pytest.mark.parametrize(
     ("tile", "tokens"), [("few8", 5), ("few8", 19), ("few16", 13), ("small", 70), ("large", 131)]
 )
-def test_every_tile_of_a_product(tile, tokens, splits, dtype, monkeypatch):
+def test_every_tile_of_nm24_linear(tile, tokens, splits, dtype, monkeypatch):
     plans = cut(monkeypatch, tile, splits)
     generator = torch.Generator().manual_seed(tokens)
     rows, features = 137, 700
@@ -116,7 +119,7 @@ def test_every_tile_of_a_product(tile, tokens, splits, dtype, monkeypatch):
 @pytest.mark.parametrize("out_dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("splits", [1, 2, 6])
 @pytest.mark.parametrize(("tile", "tokens"), [("small", 70), ("large", 131)])
-def test_every_tile_of_an_int8_product(tile, tokens, splits, out_dtype, monkeypatch):
+def test_every_tile_of_nm24_linear_i8(tile, tokens, splits, out_dtype, monkeypatch):
     cut(monkeypatch, tile, splits)
     generator = torch.Generator().manual_seed(tokens)
     rows, features = 137, 700
@@ -135,7 +138,7 @@ def test_every_tile_of_an_int8_product(tile, tokens, splits, out_dtype, monkeypa
     ("tile", "channels", "groups"),
     [("small", 24, 1), ("small", 20, 1), ("small", 36, 2), ("large", 40, 1), ("large", 48, 2)],
 )
-def test_every_tile_of_a_convolution(tile, channels, groups, splits, dtype, monkeypatch):
+def test_every_tile_of_nm24_conv(tile, channels, groups, splits, dtype, monkeypatch):
     plans = cut(monkeypatch, tile, splits)
     generator = torch.Generator().manual_seed(channels)
     weight = make_weight((70 * groups, channels // groups, 3, 3), dtype, generator)
@@ -267,6 +270,46 @@ def test_a_changed_weight_is_seen(op):
     there[1].copy_(other[1])
     there[2].copy_(other[2])
     assert_result(op, op.fn(*there, **kwargs), other, kwargs)
+
+
+@pytest.mark.parametrize(("op", "case"), FEW)
+def test_with_and_without_the_dispatcher(op, case, monkeypatch):
+    args, kwargs = case.make(torch.float16)
+    there = [moved(arg, GPU) for arg in args]
+    straight = op.fn(*there, **kwargs)
+    with Dispatched() as record:
+        watched = op.fn(*there, **kwargs)
+    assert [overload for overload, _ in record.calls] == [getattr(torch.ops.sparseops, op.name).default]
+    monkeypatch.setattr(registry, "FAST_ON_GPU", False)
+    for y in (watched, op.fn(*there, **kwargs)):
+        assert layout(y) == layout(straight) and torch.equal(y, straight)
+
+
+@pytest.mark.parametrize("op", [LINEAR, CONV], ids=lambda op: op.name)
+def test_the_dispatcher_serves_all_that_watches(op, monkeypatch):
+    args, kwargs = case_of(op, "residual").make(torch.float16)
+    there = [moved(arg, GPU) for arg in args]
+    answers = []
+    guard = registry.fast_on_gpu
+    monkeypatch.setattr(registry, "fast_on_gpu", lambda *args: answers.append(guard(*args)) or answers[-1])
+    y = op.fn(*there, **kwargs)
+    assert answers.pop() is True
+    for position in (0, 1, 3, 4):
+        given = list(there)
+        given[position] = given[position].clone().requires_grad_()
+        assert op.fn(*given, **kwargs).requires_grad
+        assert answers.pop() is False
+        with torch.no_grad():
+            assert torch.equal(op.fn(*given, **kwargs), y)
+        assert answers.pop() is True
+        given[position] = torch._neg_view(-there[position])
+        assert torch.equal(op.fn(*given, **kwargs), y)
+        assert answers.pop() is False
+    with torch.autocast(GPU, torch.bfloat16):
+        assert op.fn(*there, **kwargs).dtype is torch.bfloat16
+    assert answers.pop() is False
+    torch.vmap(lambda x: op.fn(x, *there[1:], **kwargs))(torch.stack([there[0]] * 2))
+    assert answers.pop(0) is False
 
 
 def test_one_rounding():
