@@ -228,6 +228,8 @@ def _kernel(op: registry.Op, device: str) -> Kernel:
     if reason is not None:
         return Kernel(op.name, device, False, "", reason, _cure(op, device, reason), op.runs_on(device))
     notes = [note for (kind, _), note in op.impls.items() if kind == device]
+    if device == "cpu" and _native.emulated:
+        return Kernel(op.name, device, True, "the CUDA kernel, emulated", exists=op.runs_on(device))
     on_isa = any((device, isa) in op.impls for isa in env.CPU_ISAS)
     return Kernel(op.name, device, True, registry.cpu_isa() if on_isa else notes[0])
 

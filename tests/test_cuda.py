@@ -1,5 +1,7 @@
 """What only a real GPU shows: graphs, streams, several devices, and that nothing waits for the GPU."""
 
+import time
+
 import pytest
 import torch
 from conftest import LAYERS, case_of, moved
@@ -120,6 +122,22 @@ def test_another_device_than_the_current_one(op):
     y = op.fn(*there, **kwargs)
     assert y.device == torch.device("cuda:1")
     check(op, y, args, kwargs)
+
+
+@every_layer
+def test_a_call_takes_little_of_the_processor(op):
+    """Not a measurement: a call that does what only a first one should takes many times as long."""
+    _, there, kwargs = inputs(op)
+    with torch.inference_mode():
+        for _ in range(10):
+            op.fn(*there, **kwargs)
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(50):
+            op.fn(*there, **kwargs)
+        seconds = (time.perf_counter() - start) / 50
+        torch.cuda.synchronize()
+    assert seconds < 1e-3
 
 
 @every_layer

@@ -380,7 +380,9 @@ def nm24_conv(
         return y.squeeze(0) if x.ndim == 3 else y
     if residual is not None and x.ndim == 3:
         residual = residual.unsqueeze(0)
-    if reason := registry.transform_reason():
+    if registry.fast_on_gpu(images, values, meta, bias, residual):
+        y = _impl(images, values, meta, bias, residual, *geometry, activation)
+    elif reason := registry.transform_reason():
         registry.fall_back(NAME, reason)
         y = _dense(images, expand(values, meta), bias, residual, geometry, activation)
     else:

@@ -239,6 +239,8 @@ def nm24_linear(
     """
     if residual is None and registry.fast(x, values, meta, bias):
         return _kernel(x, values, meta, bias, activation)
+    if registry.fast_on_gpu(x, values, meta, bias, residual):
+        return _impl(x, values, meta, bias, residual, activation)
     if reason := registry.transform_reason():
         registry.fall_back(NAME, reason)
         return nm24_linear_reference(x, values, meta, bias, residual, activation=activation)

@@ -200,6 +200,8 @@ def nm24_linear_i8(
         ValueError: a shape, a device or the activation is wrong, or a ``SPARSEOPS_*`` variable is.
         RuntimeError: on the way back, a gradient was asked for.
     """
+    if registry.fast_on_gpu(x, values, meta, x_scale, w_scale, bias):
+        return _impl(x, values, meta, x_scale, w_scale, bias, out_dtype, activation)
     if reason := registry.transform_reason():
         registry.fall_back(NAME, reason)
         return nm24_linear_i8_reference(

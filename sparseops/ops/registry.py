@@ -190,8 +190,11 @@ def cpu_impls(note: str) -> dict[tuple[str, str], str]:
     return {("cpu", isa): note for isa in env.CPU_ISAS}
 
 
-FAST = _native.C is not None and _native.fast_path and not _native.emulated
-"""Whether the public functions may call the kernels without going through torch's dispatcher."""
+FAST_ON_GPU = _native.C is not None and _native.fast_path
+"""Whether the public functions may call CUDA kernels without going through torch's dispatcher."""
+
+FAST = FAST_ON_GPU and not _native.emulated
+"""The same for the CPU kernels, which do not run where the CPU stands for a GPU."""
 
 try:
     _dispatch_modes = torch._C._len_torch_dispatch_stack
@@ -204,7 +207,7 @@ try:
     _TransformType = torch._C._functorch.TransformType
     _KNOWS_TRANSFORMS = True
 except AttributeError:  # another torch has moved these private names: the dispatcher serves every call
-    FAST = _KNOWS_TRANSFORMS = False
+    FAST = FAST_ON_GPU = _KNOWS_TRANSFORMS = False
 
 _compiling = torch.compiler.is_compiling
 _grad_enabled = torch.is_grad_enabled
@@ -236,6 +239,31 @@ def fast(x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None) -> bool:
         and not _autocast_enabled()
         and not _tracing()
         and _forward_ad._current_level < 0
+    )
+
+
+def fast_on_gpu(x: Tensor, *others: Tensor | None) -> bool:
+    """The same for a CUDA kernel, by the same rules."""
+    return (
+        FAST_ON_GPU
+        and on_gpu(x)
+        and not _compiling()
+        and all(_is_plain(tensor) for tensor in (x, *others) if tensor is not None)
+        and not _dispatch_modes()
+        and not _function_mode()
+        and _functorch() is None
+        and not _autocast_enabled()
+        and not _tracing()
+        and _forward_ad._current_level < 0
+    )
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    return (
+        (type(tensor) is Tensor or type(tensor) is Parameter)
+        and on_gpu(tensor)
+        and not tensor.is_neg()
+        and not (tensor.requires_grad and _grad_enabled())
     )
 
 

@@ -70,6 +70,7 @@ __global__ void read_as_matrices(uint32_t* out, Order order) {
 
 __global__ void copy_then_read(const uint4* in, uint4* out, bool wait, Order order) {
   uint4* tile = reinterpret_cast<uint4*>(ptx::dynamic_shared());
+  tile[threadIdx.x] = make_uint4(0, 0, 0, 0);
   ptx::cp_async<16>(ptx::shared_address(tile + threadIdx.x), in + threadIdx.x, 16);
   ptx::cp_async_commit();
   if (wait) ptx::cp_async_wait<0>();
