@@ -43,7 +43,7 @@ CPU = torch.device("cpu")
 # ---- what is measured
 
 
-def test_layers_are_those_of_the_issue() -> None:
+def test_layers_are_those_of_real_models() -> None:
     works = gpu_shapes.linear_works()
     names = [work.name for work in works if work.tag == "bf16"]
     assert {f"{n}x{n}->{n}" for n in (1024, 2048, 4096, 8192, 16384)} <= set(names)

@@ -322,8 +322,10 @@ size_t count_wrong(const Case& c, const Words& in, const Words& expected, const 
     Words magnitudes = in;
     for (size_t i = 0; i < in.size(); ++i) {
       const size_t word = i % c.in;
-      if (word >= c.in - 4) magnitudes[i] &= 0x7fffffff;
-      else if (c.in == kDenseWords || word != 8) magnitudes[i] &= ~c.sign;
+      if (word >= c.in - 4)
+        magnitudes[i] &= 0x7fffffff;
+      else if (c.in == kDenseWords || word != 8)
+        magnitudes[i] &= ~c.sign;
     }
     sizes = run(c, magnitudes);
   }

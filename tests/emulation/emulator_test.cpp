@@ -57,6 +57,14 @@ __global__ void note_order(unsigned* next, unsigned* order) {
   order[atomicAdd(next, 1u)] = blockIdx.x * blockDim.x + threadIdx.x;
 }
 
+// Which warp came by, each time that one does.
+__global__ void note_progress(unsigned* next, unsigned* order) {
+  for (int i = 0; i < 100; ++i) {
+    if (threadIdx.x % 32 == 0) order[atomicAdd(next, 1u)] = threadIdx.x / 32;
+    __syncwarp();
+  }
+}
+
 __global__ void read_untouched(uint32_t* out) {
   __shared__ uint32_t variable[32];
   auto dynamic = reinterpret_cast<uint32_t*>(ptx::dynamic_shared());
@@ -125,12 +133,13 @@ void threads(emu::Tests& tests) {
 
 // ---- the schedule
 
-std::vector<unsigned> order_with_seed(const char* seed) {
+std::vector<unsigned> order_with_seed(const char* seed, void (*kernel)(unsigned*, unsigned*) = note_order,
+                                      unsigned blocks = 4, unsigned threads = 96, unsigned notes = 4 * 96) {
   const char* before = std::getenv("EMU_SEED");
   const std::string kept = before ? before : "";
   setenv("EMU_SEED", seed, 1);
-  emu::Buffer<unsigned> next(1, 0u), order(4 * 96);
-  emu::run(note_order, 4, 96, 0, next.data(), order.data());
+  emu::Buffer<unsigned> next(1, 0u), order(notes);
+  emu::run(kernel, blocks, threads, 0, next.data(), order.data());
   before ? setenv("EMU_SEED", kept.c_str(), 1) : unsetenv("EMU_SEED");
   return {order.data(), order.data() + order.size()};
 }
@@ -151,6 +160,16 @@ void schedule(emu::Tests& tests) {
       return false;
     };
     if (!moved(96) || !moved(32) || !moved(1)) throw emu::Error("something stays in order");
+  });
+  tests.run("other seeds let warps drift apart, and not run to the end", [] {
+    const auto order = order_with_seed("1", note_progress, 1, 128, 400);
+    int turns = 0, lead = 0, done[4] = {};
+    for (std::size_t i = 0; i < order.size(); ++i) {
+      turns += i > 0 && order[i] != order[i - 1];
+      ++done[order[i]];
+      lead = std::max(lead, *std::max_element(done, done + 4) - *std::min_element(done, done + 4));
+    }
+    if (turns < 20 || lead < 5) throw emu::Error(std::to_string(turns) + " turns, " + std::to_string(lead) + " apart");
   });
 }
 

@@ -68,6 +68,27 @@ __global__ void read_as_matrices(uint32_t* out, Order order) {
   out[threadIdx.x] = r[0] & r[1] & r[2] & r[3];
 }
 
+// One lane writes what all lanes load: the lane that arrives last, if they run in order.
+__global__ void read_matrices_of_one_writer(uint32_t* out, Order order) {
+  unsigned char* tile = ptx::dynamic_shared();
+  if (threadIdx.x == 31)
+    for (int i = 0; i < 32; ++i) reinterpret_cast<uint4*>(tile)[i] = make_uint4(1, 1, 1, 1);
+  wait_for_others(order);
+  uint32_t r[4];
+  ptx::ldmatrix_x4(r, ptx::shared_address(tile) + threadIdx.x * 16);
+  out[threadIdx.x] = r[0] & r[1] & r[2] & r[3];
+}
+
+// All read one word, which a thread overwrites that has waited for the readers of its warp alone, or of the block.
+__global__ void overwrite_what_all_read(int* out, Order order) {
+  int* word = reinterpret_cast<int*>(ptx::dynamic_shared());
+  if (threadIdx.x == 0) *word = 1;
+  __syncthreads();
+  out[threadIdx.x] = *word;
+  wait_for_others(order);
+  if (threadIdx.x == kThreads - 1) *word = 2;  // in order, the first to leave the barrier and to read
+}
+
 __global__ void copy_then_read(const uint4* in, uint4* out, bool wait, Order order) {
   uint4* tile = reinterpret_cast<uint4*>(ptx::dynamic_shared());
   tile[threadIdx.x] = make_uint4(0, 0, 0, 0);
@@ -131,7 +152,19 @@ void within_a_block(emu::Tests& tests) {
   });
   tests.run("ldmatrix orders no memory", [&] {
     expect_race("race in shared", [&] { emu::run(read_as_matrices, 1, 32, 512, words.data(), Order::none); });
+    const auto one_writer = [&](Order order) {
+      emu::run(read_matrices_of_one_writer, 1, 32, 512, words.data(), order);
+    };
+    one_writer(Order::warp);
+    expect_all(words, 1u);
+    expect_race("race in shared", [&] { one_writer(Order::none); });
   });
+  tests.run("a word that all have read", [&] {
+    go(overwrite_what_all_read, out.data(), Order::block)();
+    expect_all(out, 1);
+  });
+  tests.run("a word that others may still read",
+            [&] { expect_race("race in shared", go(overwrite_what_all_read, out.data(), Order::warp)); });
   tests.run("cp.async", [&] {
     go(copy_then_read, in.data(), copies.data(), true, Order::block)();
     emu::expect_equal(copies, std::vector<uint4>(kThreads, {7, 7, 7, 7}));
@@ -170,6 +203,11 @@ __global__ void first_reads_last_writes(int* data, int* out) {
     data[threadIdx.x] = 1;
 }
 
+__global__ void all_read_last_writes(int* data, int* out) {
+  out[blockIdx.x * kThreads + threadIdx.x] = data[threadIdx.x];
+  if (blockIdx.x == gridDim.x - 1) data[threadIdx.x] = 1;
+}
+
 __global__ void count_blocks(unsigned* counter, int* out) {
   if (threadIdx.x == 0) out[blockIdx.x] = int(atomicAdd(counter, 1));
 }
@@ -197,6 +235,7 @@ enum class Protocol {
   fences,
   no_fence_before,
   no_fence_after,
+  write_after,  // the atomic, instead of before
 };
 
 __device__ inline unsigned count_in(unsigned* counter, Protocol protocol) {
@@ -204,6 +243,7 @@ __device__ inline unsigned count_in(unsigned* counter, Protocol protocol) {
     case Protocol::acquire_release:
     case Protocol::no_barrier_before:
     case Protocol::no_barrier_after:
+    case Protocol::write_after:
       return ptx::atomic_add_acq_rel(counter, 1);
     case Protocol::release_only:
       emu::memory::release(counter);
@@ -225,7 +265,10 @@ __global__ void split_sum(float* partials, unsigned* counter, float* out, Protoc
   __shared__ unsigned before;
   partials[blockIdx.x * kThreads + threadIdx.x] = float(blockIdx.x + 1);
   if (protocol != Protocol::no_barrier_before) __syncthreads();
-  if (threadIdx.x == 0) before = count_in(counter, protocol);
+  if (threadIdx.x == 0) {
+    before = count_in(counter, protocol);
+    if (protocol == Protocol::write_after) partials[blockIdx.x * kThreads] = float(blockIdx.x + 1);
+  }
   if (protocol != Protocol::no_barrier_after) __syncthreads();
   if (before != gridDim.x - 1) return;
   float sum = 0;
@@ -246,6 +289,10 @@ void between_blocks(emu::Tests& tests) {
             [&] { expect_race("between blocks in global", go(first_writes_others_read, 2, data.data(), out.data())); });
   tests.run("a block writes what another read",
             [&] { expect_race("between blocks in global", go(first_reads_last_writes, 2, data.data(), out.data())); });
+  tests.run("a block writes what it and others read", [&] {
+    emu::Buffer<int> all(2 * kThreads);
+    expect_race("between blocks in global", go(all_read_last_writes, 2, data.data(), all.data()));
+  });
   tests.run("a launch reads what an earlier one wrote", [&] {
     go(first_writes_others_read, 1, data.data(), out.data())();
     go(first_reads_last_writes, 1, data.data(), out.data())();
@@ -279,7 +326,8 @@ void between_blocks(emu::Tests& tests) {
                                        {Protocol::release_only, "an atomic that does not acquire"},
                                        {Protocol::acquire_only, "an atomic that does not release"},
                                        {Protocol::no_fence_before, "no fence before the atomic"},
-                                       {Protocol::no_fence_after, "no fence after the atomic"}})
+                                       {Protocol::no_fence_after, "no fence after the atomic"},
+                                       {Protocol::write_after, "a write after the atomic"}})
     tests.run(std::string("a sum split over blocks: ") + name,
               [&, protocol = protocol] { expect_race("between blocks in global", [&] { sum(protocol); }); });
   tests.run("a sum split over blocks: no barrier after the atomic",
