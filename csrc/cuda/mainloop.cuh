@@ -9,13 +9,12 @@
 // Bound (A100: 2048 multiply-adds and 128 bytes of shared memory a clock and SM). A step of the large tile takes 512
 // clocks of mma.sp. It moves 25 KB into shared memory and, with eight warps of 64x32, 68 KB out of it: 744 clocks, so
 // 0.69 of the peak at best. Four warps of 64x64 would read 50 KB (0.85), but their 128 sums, 24 operands and the
-// addresses do not fit into 168 registers.
+// addresses do not fit into 168 registers. The small tile, 128 clocks of mma.sp, moves 12.5 KB in and 25 KB out: 0.43.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
 #include <algorithm>
-#include <climits>
 #include <cstdint>
 #include <type_traits>
 

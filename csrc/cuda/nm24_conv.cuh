@@ -11,6 +11,8 @@
 // cache.
 // State: it has not yet run on a GPU; tests/emulation runs it on the CPU.
 #pragma once
+#include <climits>
+
 #include "cuda/mainloop.cuh"
 
 namespace sparseops {

@@ -11,9 +11,10 @@ features and T tokens to a tile:
   zeros: ``few8``, then ``few16``.
 - Above that each byte that a tile reads should serve many operations: 41 multiply-adds for the large tile
   (128 x 128), 20 for the small one (64 x 64). Through shared memory, which is what bounds both, the large
-  tile reaches about 0.69 of the tensor cores' peak and the small one 0.41 (csrc/cuda/mainloop.cuh has the
-  count): ``_LARGE_RATE`` is their ratio. But a large tile wastes more where the output ends inside it, and
-  has fewer tiles to give the multiprocessors. So both are estimated, and the one that is done first is taken.
+  tile reaches at best 0.69 of the tensor cores' peak and the small one 0.43 (csrc/cuda/mainloop.cuh has the
+  count): 1.6 times as much, which ``_LARGE_RATE`` stands for until a GPU has been asked. But a large tile
+  wastes more where the output ends inside it, and has fewer tiles to give the multiprocessors. So both are
+  estimated, and the one that is done first is taken.
 - Tiles that are fewer than the multiprocessors leave some of them idle. Then the columns of a tile are split
   among blocks, so that there are up to twice as many blocks as multiprocessors. A split costs a tile of
   partial sums written and read, 8 * F * T bytes: 131 KB for the large tile, about what it reads for 256
