@@ -56,8 +56,8 @@ def test_counts_go_into_the_page(mutate, tmp_path, monkeypatch):
     tally = mutate.tally("nm24_conv", 4, list(zip(mutants, verdicts, strict=True)))
     assert tally.survivors == [mutants[2]] and tally.share == pytest.approx(2 / 3)
     mutate.write_page(tally)
-    mutate.write_page(mutate.Tally("nm24_linear", 9, 2, 0, {"plain": 2, "asan": 0, "race": 0}, []))
+    mutate.write_page(mutate.Tally("nm24_linear", "abc", 9, 2, 0, {"plain": 2, "asan": 0, "race": 0}, []))
     text = page.read_text()
     assert text.startswith("before\n") and text.endswith("after\n")
-    conv = "| nm24_conv | 4 | 3 | 1 | 0 | 1 | 0 | 1 | 66.7% |"
-    assert text.index("| nm24_linear | 9 | 2 |") < text.index(conv)
+    conv = f"| nm24_conv | `{mutate.commit()}` | 4 | 3 | 1 | 0 | 1 | 0 | 1 | 66.7% |"
+    assert text.index("| nm24_linear | `abc` | 9 | 2 |") < text.index(conv)

@@ -196,6 +196,7 @@ def judge(kernel: str, picked: list[Mutant], jobs: int) -> list[tuple[Mutant, st
 @dataclass
 class Tally:
     kernel: str
+    commit: str
     sites: int
     tried: int
     equivalent: int
@@ -208,9 +209,10 @@ class Tally:
         return dead / max(1, dead + len(self.survivors))
 
     def row(self) -> str:
-        killed = [str(self.killed[kind]) for kind in ("plain", "asan", "race")]
-        cells = [self.kernel, str(self.sites), str(self.tried), *killed, str(self.equivalent)]
-        return "| " + " | ".join([*cells, str(len(self.survivors)), f"{self.share:.1%}"]) + " |"
+        killed = [self.killed[kind] for kind in ("plain", "asan", "race")]
+        counts = [self.sites, self.tried, *killed, self.equivalent, len(self.survivors)]
+        cells = [self.kernel, f"`{self.commit}`", *map(str, counts), f"{self.share:.1%}"]
+        return f"| {' | '.join(cells)} |"
 
 
 def tally(kernel: str, sites: int, judged: list[tuple[Mutant, str]]) -> Tally:
@@ -219,12 +221,21 @@ def tally(kernel: str, sites: int, judged: list[tuple[Mutant, str]]) -> Tally:
     killed = {kind: sum(result == kind for _, result in judged) for kind in ("plain", "asan", "race")}
     survivors = [mutant for mutant in lives if not is_equivalent(mutant, known)]
     compiled = sum(killed.values()) + len(lives)
-    return Tally(kernel, sites, compiled, len(lives) - len(survivors), killed, survivors)
+    return Tally(kernel, commit(), sites, compiled, len(lives) - len(survivors), killed, survivors)
+
+
+def commit() -> str:
+    """The commit whose kernels are mutated, "unknown" without git."""
+    command = ["git", "describe", "--always", "--exclude=*", "--abbrev=10", "--dirty"]
+    try:
+        return subprocess.run(command, cwd=TREE, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
 
 
 HEAD = [
-    "| kernel | sites | tried | plain | asan | race | change nothing | survive | killed of the rest |",
-    "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
+    "| kernel | commit | sites | tried | plain | asan | race | change nothing | survive | share killed |",
+    "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|",
 ]
 BEGIN, END = "<!-- mutants: begin -->", "<!-- mutants: end -->"
 
