@@ -30,11 +30,12 @@ from benchmarks.gpu_results import (
     kept_runs,
     read,
 )
+from benchmarks.output import spliced
 from benchmarks.provenance import RESULTS, TREE, folder_name
 from sparseops.ops import REGISTRY, dispatch
 
 PAGE = TREE / "docs" / "kernels.md"
-BEGIN, END = "<!-- kernels: begin -->", "<!-- kernels: end -->"
+MARKERS = "kernels"
 TILES = {
     "nm24_linear": dispatch.MATRIX_TILES,
     "nm24_linear_i8": dispatch.WIDE_TILES,
@@ -125,15 +126,6 @@ def markdown(runs: Sequence[Run]) -> str:
     return f"{text}\n\nWhat the emulator makes of each instruction: {conformance()}.\n"
 
 
-def spliced(page: str, table: str) -> str:
-    """``page`` with ``table`` between the markers. ValueError when a marker is missing."""
-    head, begin, rest = page.partition(BEGIN)
-    _, end, tail = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"{PAGE.name} must hold {BEGIN} and {END}, got none")
-    return f"{head}{BEGIN}\n{table}{END}{tail}"
-
-
 def keep(folder: Path, root: Path, fixtures: Path) -> Path:
     """Copies the tables of a run to ``<root>/<gpu>/<date>-<commit>``, what it recorded of the instructions to
     ``<fixtures>/<gpu>.txt``. ValueError when it must not be kept."""
@@ -170,7 +162,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 1
     table = markdown([load(run) for run in kept_runs()])
     if chosen.write:
-        PAGE.write_text(spliced(PAGE.read_text(), table))
+        PAGE.write_text(spliced(PAGE.read_text(), MARKERS, table))
     else:
         print(table, end="")
     return 0

@@ -11,10 +11,11 @@ from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
 
+from benchmarks.output import spliced
 from benchmarks.provenance import RESULTS, TREE
 from benchmarks.results import Row, newest, read
 
-BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
+MARKERS = "results"
 OP_ORDER = ("end_to_end", "nm24_linear", "nm24_conv")
 SETTING = ("machine", "isa", "threads", "torch", "commit")
 
@@ -60,15 +61,6 @@ def _ms(value: float) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def spliced(readme: str, table: str) -> str:
-    """``readme`` with ``table`` between the markers. ValueError when a marker is missing."""
-    head, begin, rest = readme.partition(BEGIN)
-    _, end, tail = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"README must hold {BEGIN} and {END}, got none")
-    return f"{head}{BEGIN}\n{table}{END}{tail}"
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints the table, or writes it into the README."""
     what = "The newest results as Markdown."
@@ -90,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     table = markdown(rows)
     if chosen.write:
         readme = TREE / "README.md"
-        readme.write_text(spliced(readme.read_text(), table))
+        readme.write_text(spliced(readme.read_text(), MARKERS, table))
     else:
         print(table, end="")
     return 0

@@ -18,7 +18,19 @@ TREE = Path(__file__).resolve().parent.parent
 # Behind everything else, so that an installed sparseops is not shadowed by the one in this tree.
 sys.path.append(str(TREE))
 
-from benchmarks import compare, end_to_end, isa, memory, overhead, plot, provenance, results, run, table  # noqa: E402
+from benchmarks import (  # noqa: E402
+    compare,
+    end_to_end,
+    isa,
+    memory,
+    output,
+    overhead,
+    plot,
+    provenance,
+    results,
+    run,
+    table,
+)
 from benchmarks.shapes import WORKS, Conv, Linear, Work  # noqa: E402
 from sparseops import SparseLinear  # noqa: E402
 from sparseops.ops import REGISTRY  # noqa: E402
@@ -250,15 +262,17 @@ def test_table_is_markdown(row: results.Row) -> None:
 
 
 def test_table_is_spliced_between_the_markers() -> None:
-    readme = f"before\n{table.BEGIN}\nold\n{table.END}\nafter\n"
-    assert table.spliced(readme, "new\n") == f"before\n{table.BEGIN}\nnew\n{table.END}\nafter\n"
-    with pytest.raises(ValueError, match="README must hold"):
-        table.spliced("no markers", "new\n")
+    page = "before\n<!-- results: begin -->\n{}<!-- results: end -->\nafter\n"
+    assert output.spliced(page.format("old\n"), "results", "new\n") == page.format("new\n")
+    for broken in ("no markers", "<!-- results: begin -->", "<!-- other: begin --><!-- other: end -->"):
+        with pytest.raises(ValueError, match="the page must hold <!-- results: begin -->"):
+            output.spliced(broken, "results", "new\n")
 
 
 def test_readme_shows_only_measured_rows() -> None:
     readme = (TREE / "README.md").read_text()
-    shown = readme.partition(table.BEGIN)[2].partition(table.END)[0].strip().splitlines()
+    _, _, after = readme.partition("<!-- results: begin -->")
+    shown = after.partition("<!-- results: end -->")[0].strip().splitlines()
     measured = table.markdown(results.newest(results.read()))
     assert shown and all(line in measured for line in shown)
 
