@@ -4,9 +4,10 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from sparseops.formats.nm24 import packed_cols
+from sparseops.formats.nm24 import GROUP, packed_cols, round_up
 
 NAME = "nm24_conv"
 
@@ -132,3 +133,12 @@ def empty_output(x: Tensor, shape: tuple[int, ...], channels_last: bool) -> Tens
     if not channels_last:
         return x.new_empty(*shape)  # sizes one by one: a tuple takes 0.6 us longer
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+
+
+def pixels_of(x: Tensor, groups: int) -> Tensor:
+    """[N, C, H, W] as [N, H, W, channels], the channels of each group padded to a multiple of 4."""
+    last = x.permute(0, 2, 3, 1)
+    in_group = x.shape[1] // groups
+    if missing := round_up(in_group, GROUP) - in_group:
+        last = F.pad(last.unflatten(-1, (groups, in_group)), (0, missing)).flatten(-2)
+    return last

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparseops import _native
-from sparseops.formats.nm24 import GROUP, expand, gather, pack_columns, round_up, unpack_columns
+from sparseops.formats.nm24 import expand, gather, pack_columns, unpack_columns
 from sparseops.ops import cuda, dispatch, registry
 from sparseops.ops.common import (
     ACTIVATIONS,
@@ -42,6 +42,7 @@ from sparseops.ops.conv_geometry import (
     is_channels_last,
     output_size,
     pair,
+    pixels_of,
 )
 from sparseops.ops.nm24_to_dense import expanded
 
@@ -183,7 +184,7 @@ def _cuda_kernel(
     y = empty_output(x, (batch, rows, *output), True)
     if not (batch and rows):
         return empty_output(x, (*y.shape,), channels_last)
-    pixels = _pixels(x.bfloat16() if x.dtype is torch.float32 else x, groups)
+    pixels = cuda.aligned(pixels_of(x.bfloat16() if x.dtype is torch.float32 else x, groups))
     channels = pixels.shape[-1]
     stored, slabs, slots = cuda.weight(values, meta, groups)
     product = dispatch.Product(batch * output[0] * output[1], rows, kept * 2, groups)
@@ -223,15 +224,6 @@ def _cuda_kernel(
         *cuda.place(x),
     )
     return y if channels_last else empty_output(x, (*y.shape,), False).copy_(y)
-
-
-def _pixels(x: Tensor, groups: int) -> Tensor:
-    """[N, C, H, W] as [N, H, W, channels] in memory, the channels of each group padded to a multiple of 4."""
-    last = x.permute(0, 2, 3, 1)
-    in_group = x.shape[1] // groups
-    if missing := round_up(in_group, GROUP) - in_group:
-        last = F.pad(last.unflatten(-1, (groups, in_group)), (0, missing)).flatten(-2)
-    return cuda.aligned(last)
 
 
 def _impl(
