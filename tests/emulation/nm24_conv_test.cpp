@@ -141,6 +141,8 @@ int main(int argc, char** argv) {
   for (int width : {1, 2, 7, 31, 32, 33})
     tests.run("f16 width=%d", width,
               [=] { convolve<__half, __half>({.batch = 2, .image = {2, width}, .channels = 8, .rows = 5}, {}); });
+  half("a pixel more than a tile", {.image = {5, 13}, .channels = 8, .rows = 5});
+  half("a pixel more than a large tile", {.image = {3, 43}, .channels = 8, .rows = 5}, {.tile = kLarge});
   for (int height : {1, 3, 8})
     tests.run("f16 height=%d", height,
               [=] { convolve<__half, __half>({.batch = 3, .image = {height, 5}, .channels = 8, .rows = 5}, {}); });

@@ -100,6 +100,7 @@ void linear(const Shape& shape, const Options& options) {
     }
   }
   emu::expect_close(y, expected, size);
+  if (split) emu::expect_all_splits_busy(partials, tiles, options.splits, (cols + 127) / 128);
   for (std::size_t i = 0; i < counters.size(); ++i)
     if (counters[i] != 0) throw emu::Error("a counter is not zero after the launch");
 }

@@ -117,6 +117,17 @@ std::map<std::string, bool>& exceptions_needed() {
 
 }  // namespace
 
+void expect_all_splits_busy(const Buffer<float>& partials, std::int64_t tiles, int splits, std::int64_t slabs) {
+  const std::int64_t deep = (slabs + splits - 1) / splits;
+  if ((slabs + deep - 1) / deep != splits) return;  // even the best share leaves some of them idle
+  const std::size_t size = partials.size() / (tiles * splits);
+  for (std::int64_t i = 0; i < tiles * splits; ++i) {
+    const float* first = partials.data() + i * size;
+    if (std::all_of(first, first + size, [](float sum) { return sum == 0; }))
+      throw Error("split " + std::to_string(i % splits) + " of tile " + std::to_string(i / splits) + " did nothing");
+  }
+}
+
 void expect_ideal_traffic(const std::vector<Exception>& exceptions) {
   if (!memory::kChecked) return;
   for (const Exception& exception : exceptions) exceptions_needed().try_emplace(exception.where, false);

@@ -187,6 +187,10 @@ void expect_close(const Buffer<T>& got, const std::vector<double>& expected, con
   expect_within(values, expected, size, is_f16 ? 0x1p-11 : is_bf16 ? 0x1p-8 : std::is_integral_v<T> ? 0 : 0x1p-24);
 }
 
+// Of the blocks that shared `slabs` slabs of columns each had some, wherever there were enough to go round: the partial
+// sums of every output tile and split, which lie one behind the other, are not all zeros.
+void expect_all_splits_busy(const Buffer<float>& partials, std::int64_t tiles, int splits, std::int64_t slabs);
+
 // In the race build: every load and store since the last call took as few passes over the banks of shared memory, and
 // as few sectors of global memory, as its bytes need. An exception holds for the lines whose text (as EMU_TRAFFIC=1
 // prints it: functions, files, line numbers) holds it; one that no case needs is an error too.
