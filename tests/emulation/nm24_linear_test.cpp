@@ -4,6 +4,7 @@
 #include <cuda_fp16.h>
 
 #include <cmath>
+#include <cstring>
 #include <vector>
 
 #include "ops.h"
@@ -30,8 +31,9 @@ struct Options {
   int splits = 1;
   Activation activation = Activation::none;
   bool bias = true, residual = false, scales = false;
-  int gap = 0;              // elements between rows of x
-  int misaligned_bias = 0;  // elements
+  int gap = 0;               // elements between rows of x
+  int misaligned_bias = 0;   // elements
+  bool tight_slabs = false;  // that end with the last 16 rows
 };
 
 double activated(double z, Activation activation) {
@@ -78,7 +80,11 @@ void linear(const Shape& shape, const Options& options) {
                               options.scales ? w_scale.data() : nullptr,
                               dtype_of<out_t>(),
                               options.activation};
-  const CudaWeight weight{w.values.data(), w.slabs.data(), rows, cols, w.slab_rows};
+  const int64_t slots = options.tight_slabs ? (rows + 15) / 16 * 16 : w.slab_rows, slabs = (cols + 127) / 128;
+  emu::Buffer<uint8_t> slab_bytes(slabs * slots * 16);
+  for (int64_t slab = 0; slab < slabs; ++slab)
+    std::memcpy(slab_bytes.data() + slab * slots * 16, w.slabs.data() + slab * w.slab_rows * 16, slots * 16);
+  const CudaWeight weight{w.values.data(), slab_bytes.data(), rows, cols, slots};
   const CudaPlan plan{options.tile, options.splits, partials.data(), counters.data(), 0, nullptr};
   emu::require(cuda_nm24_linear({x.data(), stride, weight, epilogue, y.data(), tokens, columns, dtype_of<T>()}, plan));
 
@@ -100,7 +106,7 @@ void linear(const Shape& shape, const Options& options) {
     }
   }
   emu::expect_close(y, expected, size);
-  if (split) emu::expect_all_splits_busy(partials, tiles, options.splits, (cols + 127) / 128);
+  if (split) emu::expect_all_splits_busy(partials, tiles, options.splits, slabs);
   for (std::size_t i = 0; i < counters.size(); ++i)
     if (counters[i] != 0) throw emu::Error("a counter is not zero after the launch");
 }
@@ -177,6 +183,10 @@ int main(int argc, char** argv) {
   for (int offset : {1, 2, 4})
     tests.run("f16 bias that begins %d elements late", offset,
               [=] { linear<__half, __half>({24, 9, 40}, {.misaligned_bias = offset}); });
+  for (int rows : {16, 48, 100})
+    tests.run("f16 slabs of %d rows", rows,
+              [=] { linear<__half, __half>({rows, 9, 136}, {.tile = kLarge, .tight_slabs = true}); });
+  tests.run("i8 slabs of 20 rows", [=] { linear<int8_t, float>({20, 9, 144}, {.tight_slabs = true}); });
   tests.run("f16 rows of x lie apart", [=] { linear<__half, __half>({24, 9, 40}, {.gap = 24}); });
   tests.run("f16 no tokens", [=] { linear<__half, __half>({24, 0, 40}, {}); });
   tests.run("f16 no columns", [=] { linear<__half, __half>({24, 9, 0}, {}); });
