@@ -73,25 +73,27 @@ py::list list_cuda_tiles() {
   const CudaTile* tiles = cuda_tiles(&count);
   py::list list;
   for (int i = 0; i < count; ++i)
-    list.append(py::make_tuple(tiles[i].name, tiles[i].features, tiles[i].tokens, tiles[i].depth));
+    list.append(py::make_tuple(tiles[i].name, tiles[i].features, tiles[i].tokens, tiles[i].depth, tiles[i].consumers,
+                               tiles[i].arch));
   return list;
 }
 
-void nm24_linear_cuda(Pointer x, int64_t x_stride, Pointer values, Pointer slabs, int64_t rows, int64_t packed_cols,
-                      int64_t slab_rows, Pointer bias, Pointer residual, Pointer x_scale, Pointer w_scale,
-                      int out_dtype, int activation, Pointer y, int64_t tokens, int64_t in_features, int dtype,
-                      int tile, int splits, Pointer partials, Pointer counters, int device, Pointer stream) {
+void nm24_linear_cuda(Pointer x, int64_t x_stride, Pointer values, Pointer fragments, Pointer slabs, int64_t rows,
+                      int64_t packed_cols, int64_t slab_rows, Pointer bias, Pointer residual, Pointer x_scale,
+                      Pointer w_scale, int out_dtype, int activation, Pointer y, int64_t tokens, int64_t in_features,
+                      int dtype, int tile, int splits, int cluster, int blocks, Pointer partials, Pointer counters,
+                      int device, Pointer stream) {
   const py::gil_scoped_release release;
   check(cuda_nm24_linear(
       {at(x),
        x_stride,
-       {at(values), at(slabs), rows, packed_cols, slab_rows},
+       {at(values), at(slabs), rows, packed_cols, slab_rows, at(fragments)},
        {at(bias), at(residual), at<float>(x_scale), at<float>(w_scale), DType(out_dtype), Activation(activation)},
        at(y),
        tokens,
        in_features,
        DType(dtype)},
-      {TileShape(tile), splits, at(partials), at<uint32_t>(counters), device, at(stream)}));
+      {TileShape(tile), splits, cluster, blocks, at(partials), at<uint32_t>(counters), device, at(stream)}));
 }
 
 void nm24_conv_cuda(Pointer x, Pointer values, Pointer slabs, int64_t rows, int64_t packed_cols, int64_t slab_rows,
@@ -101,27 +103,28 @@ void nm24_conv_cuda(Pointer x, Pointer values, Pointer slabs, int64_t rows, int6
                     int64_t pad_left, int64_t dilation_h, int64_t dilation_w, int64_t groups, int dtype, int tile,
                     int splits, Pointer partials, Pointer counters, int device, Pointer stream) {
   const py::gil_scoped_release release;
-  check(cuda_nm24_conv({at(x),
-                        {at(values), at(slabs), rows, packed_cols, slab_rows},
-                        {at(bias), at(residual), nullptr, nullptr, DType(out_dtype), Activation(activation)},
-                        at(y),
-                        batch,
-                        channels,
-                        height,
-                        width,
-                        out_height,
-                        out_width,
-                        kernel_h,
-                        kernel_w,
-                        stride_h,
-                        stride_w,
-                        pad_top,
-                        pad_left,
-                        dilation_h,
-                        dilation_w,
-                        groups,
-                        DType(dtype)},
-                       {TileShape(tile), splits, at(partials), at<uint32_t>(counters), device, at(stream)}));
+  check(cuda_nm24_conv(
+      {at(x),
+       {at(values), at(slabs), rows, packed_cols, slab_rows, nullptr},
+       {at(bias), at(residual), nullptr, nullptr, DType(out_dtype), Activation(activation)},
+       at(y),
+       batch,
+       channels,
+       height,
+       width,
+       out_height,
+       out_width,
+       kernel_h,
+       kernel_w,
+       stride_h,
+       stride_w,
+       pad_top,
+       pad_left,
+       dilation_h,
+       dilation_w,
+       groups,
+       DType(dtype)},
+      {TileShape(tile), splits, cluster, blocks, at(partials), at<uint32_t>(counters), device, at(stream)}));
 }
 
 void nm24_compress_cuda(Pointer dense, Pointer values, Pointer meta, int64_t rows, int64_t packed_cols, int dtype,

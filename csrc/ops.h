@@ -70,6 +70,9 @@ struct CudaWeight {
   int64_t rows;
   int64_t cols;       // packed columns, a multiple of 32
   int64_t slab_rows;  // the rows of each convolution group rounded up to 16, all of them to 128
+  // For the tiles that take weights from registers: the values once more, in the order in which instructions want them
+  // (sparseops/formats/nm24_fragments.py draws it), for slab_rows rows and whole slabs. Null otherwise.
+  const void* fragments;
 };
 
 // y[t, m] = act(sum[t, m] * x_scale[t] * w_scale[m] + bias[m] + residual[t, m])
@@ -82,20 +85,40 @@ struct CudaEpilogue {
   Activation activation;
 };
 
-// The shapes of an output tile, which one block of threads computes.
-enum class TileShape : int { few8 = 0, few16 = 1, small = 2, large = 3 };
+// The shapes of an output tile, which one block of threads computes. Those of sm90, features by tokens, need a GPU of
+// compute capability 9.0; rs: the weight goes from global memory to registers.
+enum class TileShape : int {
+  few8 = 0,
+  few16 = 1,
+  small = 2,
+  large = 3,
+  sm90_128x8 = 4,
+  sm90_128x16 = 5,
+  sm90_128x32 = 6,
+  sm90_128x64 = 7,
+  sm90_128x128 = 8,
+  sm90_128x256 = 9,
+  sm90_256x128 = 10,
+  sm90_192x192 = 11,
+  sm90_rs_128x256 = 12,
+  sm90_rs_256x128 = 13,
+};
 struct CudaTile {
   const char* name;
   int features, tokens;
-  int depth;  // 16-bit columns of one step
+  int depth;      // 16-bit columns of one step; a split is made of whole ones
+  int consumers;  // parts of the tile that are added up apart from each other where it has splits
+  int arch;       // the least compute capability, and for 90 the only one
 };
 
 // How a call is cut into blocks, and where it runs.
 struct CudaPlan {
   TileShape tile;
   int splits;          // blocks that share the columns of one output tile
+  int cluster;         // sm90: 2 for pairs of blocks that share what they read of x, else 1
+  int blocks;          // sm90: how many blocks run at a time
   void* partials;      // splits > 1: 4 bytes for each element of each tile and split
-  uint32_t* counters;  // splits > 1: one for each tile; zero before the launch, zero again after it
+  uint32_t* counters;  // splits > 1: one for each consumer of each tile; zero before the launch, zero again after it
   int device;
   void* stream;
 };

@@ -20,6 +20,7 @@
 
 #include "cuda/epilogue.cuh"
 #include "cuda/ptx.cuh"
+#include "cuda/tile_index.cuh"
 #include "ops.h"
 
 namespace sparseops {
@@ -241,20 +242,6 @@ SPARSEOPS_DEVICE void multiply_tile(Fragment<typename Tile::acc_t> (&sums)[Tile:
   ptx::cp_async_wait<0>();
   __syncthreads();  // the pipeline's memory is free
 }
-
-// Blocks that run at the same time should share both operands in the cache: eight rows of token tiles are gone through
-// together, feature tile by feature tile.
-struct TileIndex {
-  int feature, token;
-
-  SPARSEOPS_DEVICE TileIndex(int block, int feature_tiles, int token_tiles) {
-    constexpr int kTogether = 8;
-    const int first = block / (kTogether * feature_tiles) * kTogether;
-    const int rows = min(kTogether, token_tiles - first), within = block - first * feature_tiles;
-    feature = within / rows;
-    token = first + within % rows;
-  }
-};
 
 // One output tile, or one block's share of it: the product, then the other splits' sums, then y.
 template <class Tile, class Loader>

@@ -7,6 +7,7 @@
 
 #include "cuda/device.cuh"
 #include "cuda/launch.cuh"
+#include "cuda/sm90.h"
 #include "ops.h"
 
 namespace sparseops {
@@ -26,7 +27,8 @@ const char* refuse(const CudaNM24Conv& op, const CudaPlan& plan) {
     if (!aligned(pointer, 16)) return "nm24_conv: x, values, slabs and y must begin at multiples of 16 bytes";
   if (plan.splits < 1 || plan.splits > 65535 || (plan.splits > 1 && !(plan.partials && plan.counters)))
     return "nm24_conv: splits must be at least 1, and more than 1 need partials and counters";
-  if (plan.tile != TileShape::small && plan.tile != TileShape::large) return "nm24_conv: tile must be small or large";
+  if (plan.tile == TileShape::few8 || plan.tile == TileShape::few16)
+    return "nm24_conv: tile must not be one for few tokens";
   if (op.channels / op.groups % 8 != 0 && plan.tile != TileShape::small)
     return "nm24_conv: tile must be small where the channels of a group are no multiple of 8";
   // The kernel counts pixels in 32 bits, and tiles, of which there are fewer.
@@ -70,6 +72,7 @@ const char* cuda_nm24_conv(const CudaNM24Conv& op, const CudaPlan& plan) {
 
   const DeviceGuard guard(plan.device);
   if (const char* error = cuda_error_text(guard.error())) return error;
+  if (is_sm90(plan.tile)) return nm24_conv_sm90(op, plan);
   return op.dtype == DType::f16 ? launch_tile<__half>(op, plan) : launch_tile<__nv_bfloat16>(op, plan);
 }
 

@@ -9,6 +9,7 @@
 #include "cuda/device.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/nm24_few_tokens.cuh"
+#include "cuda/sm90.h"
 #include "ops.h"
 
 namespace sparseops {
@@ -16,14 +17,24 @@ namespace {
 
 template <class Tile>
 constexpr CudaTile describe(const char* name) {
-  return {name, Tile::kFeatures, Tile::kTokens, Tile::kColumns};
+  return {name, Tile::kFeatures, Tile::kTokens, Tile::kColumns, 1, 80};
 }
 
 constexpr CudaTile kTiles[] = {
-    {"few8", NM24FewTokens<__half, 8>::kFeatures, 8, 128},
-    {"few16", NM24FewTokens<__half, 16>::kFeatures, 16, 128},
+    {"few8", NM24FewTokens<__half, 8>::kFeatures, 8, 128, 1, 80},
+    {"few16", NM24FewTokens<__half, 16>::kFeatures, 16, 128, 1, 80},
     describe<SmallTile<__half>>("small"),
     describe<LargeTile<__half>>("large"),
+    {"sm90_128x8", 128, 8, 128, 2, 90},
+    {"sm90_128x16", 128, 16, 128, 2, 90},
+    {"sm90_128x32", 128, 32, 128, 2, 90},
+    {"sm90_128x64", 128, 64, 128, 2, 90},
+    {"sm90_128x128", 128, 128, 128, 2, 90},
+    {"sm90_128x256", 128, 256, 128, 2, 90},
+    {"sm90_256x128", 256, 128, 128, 2, 90},
+    {"sm90_192x192", 192, 192, 128, 3, 90},
+    {"sm90_rs_128x256", 128, 256, 128, 2, 90},
+    {"sm90_rs_256x128", 256, 128, 128, 2, 90},
 };
 
 const char* refuse(const CudaNM24Linear& op, const CudaPlan& plan) {
@@ -40,8 +51,8 @@ const char* refuse(const CudaNM24Linear& op, const CudaPlan& plan) {
     if (!aligned(pointer, 16)) return "nm24_linear: x, values, slabs and y must begin at multiples of 16 bytes";
   if (plan.splits < 1 || (plan.splits > 1 && !(plan.partials && plan.counters)))
     return "nm24_linear: splits must be at least 1, and more than 1 need partials and counters";
-  if (bytes && plan.tile != TileShape::small && plan.tile != TileShape::large)
-    return "nm24_linear: tile must be small or large for 8-bit elements";
+  if (bytes && (plan.tile == TileShape::few8 || plan.tile == TileShape::few16))
+    return "nm24_linear: tile must not be one for few tokens for 8-bit elements";
   const CudaTile& tile = kTiles[static_cast<int>(plan.tile)];
   if (ceil_div(op.weight.rows, tile.features) * ceil_div(op.tokens, tile.tokens) > INT_MAX || plan.splits > 65535)
     return "nm24_linear: the output must have fewer than 2^31 tiles";
@@ -90,13 +101,14 @@ const char* cuda_nm24_linear(const CudaNM24Linear& op, const CudaPlan& plan) {
 
   const DeviceGuard guard(plan.device);
   if (const char* error = cuda_error_text(guard.error())) return error;
+  const bool sm90 = is_sm90(plan.tile);
   switch (op.dtype) {
     case DType::f16:
-      return launch_any<__half>(op, plan);
+      return sm90 ? nm24_linear_sm90_f16(op, plan) : launch_any<__half>(op, plan);
     case DType::bf16:
-      return launch_any<__nv_bfloat16>(op, plan);
+      return sm90 ? nm24_linear_sm90_bf16(op, plan) : launch_any<__nv_bfloat16>(op, plan);
     default:
-      return launch_tile<int8_t>(op, plan);
+      return sm90 ? nm24_linear_sm90_i8(op, plan) : launch_tile<int8_t>(op, plan);
   }
 }
 

@@ -1,0 +1,10 @@
+// archs: 90a
+#include "cuda/nm24_linear_sm90_launch.cuh"
+
+namespace sparseops {
+
+const char* nm24_linear_sm90_f16(const CudaNM24Linear& op, const CudaPlan& plan) {
+  return launch_linear_sm90<__half>(op, plan);
+}
+
+}  // namespace sparseops
