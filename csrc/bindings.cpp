@@ -101,7 +101,8 @@ void nm24_conv_cuda(Pointer x, Pointer values, Pointer slabs, int64_t rows, int6
                     int64_t channels, int64_t height, int64_t width, int64_t out_height, int64_t out_width,
                     int64_t kernel_h, int64_t kernel_w, int64_t stride_h, int64_t stride_w, int64_t pad_top,
                     int64_t pad_left, int64_t dilation_h, int64_t dilation_w, int64_t groups, int dtype, int tile,
-                    int splits, Pointer partials, Pointer counters, int device, Pointer stream) {
+                    int splits, int cluster, int blocks, Pointer partials, Pointer counters, int device,
+                    Pointer stream) {
   const py::gil_scoped_release release;
   check(cuda_nm24_conv(
       {at(x),

@@ -7,7 +7,7 @@
 
 namespace sparseops {
 
-enum class DType : int { f32 = 0, f16 = 1, bf16 = 2, i8 = 3 };
+enum class DType : int { f32 = 0, f16 = 1, bf16 = 2, i8 = 3, e4m3 = 4 };
 enum class Activation : int { none = 0, relu = 1, silu = 2, gelu = 3 };  // gelu is the exact one (erf)
 
 // A 2:4 weight in its canonical form (sparseops/formats/nm24.py draws the layout).
@@ -131,7 +131,8 @@ struct CudaNM24Linear {
   CudaEpilogue epilogue;
   void* y;  // [tokens, rows], contiguous
   int64_t tokens, in_features;
-  DType dtype;  // of x and values: f16 or bf16, with an epilogue in it or in f32; i8, with any epilogue
+  // of x and values: f16 or bf16, with an epilogue in it or in f32; i8, or e4m3 with tiles of sm90, with any epilogue
+  DType dtype;
 };
 
 struct CudaNM24Conv {

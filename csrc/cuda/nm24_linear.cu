@@ -38,9 +38,10 @@ constexpr CudaTile kTiles[] = {
 };
 
 const char* refuse(const CudaNM24Linear& op, const CudaPlan& plan) {
-  const bool bytes = op.dtype == DType::i8;
+  const bool bytes = op.dtype == DType::i8 || op.dtype == DType::e4m3;
   const int64_t element = bytes ? 1 : 2;
-  if (op.dtype == DType::f32) return "nm24_linear: dtype must be f16, bf16 or i8 on a GPU";
+  if (op.dtype == DType::f32) return "nm24_linear: dtype must be f16, bf16, i8 or e4m3 on a GPU";
+  if (op.dtype == DType::e4m3 && !is_sm90(plan.tile)) return "nm24_linear: e4m3 needs a tile of sm90";
   if (!bytes && op.epilogue.dtype != op.dtype && op.epilogue.dtype != DType::f32)
     return "nm24_linear: y must have the dtype of x, or f32";
   if (op.weight.rows < 0 || op.weight.cols < 0 || op.weight.cols % 32 != 0 || op.weight.slab_rows < op.weight.rows)
@@ -107,6 +108,8 @@ const char* cuda_nm24_linear(const CudaNM24Linear& op, const CudaPlan& plan) {
       return sm90 ? nm24_linear_sm90_f16(op, plan) : launch_any<__half>(op, plan);
     case DType::bf16:
       return sm90 ? nm24_linear_sm90_bf16(op, plan) : launch_any<__nv_bfloat16>(op, plan);
+    case DType::e4m3:
+      return nm24_linear_sm90_e4m3(op, plan);
     default:
       return sm90 ? nm24_linear_sm90_i8(op, plan) : launch_tile<int8_t>(op, plan);
   }

@@ -1,5 +1,5 @@
 // archs: 90a
-#include "cuda/nm24_linear_sm90_launch.cuh"
+#include "cuda/launch_linear_sm90.cuh"
 
 namespace sparseops {
 

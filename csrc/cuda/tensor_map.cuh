@@ -34,7 +34,9 @@ inline CUtensorMapDataType tensor_type(DType dtype) {
   }
 }
 
-inline int size_of(DType dtype) { return dtype == DType::f32 ? 4 : dtype == DType::i8 ? 1 : 2; }
+inline int size_of(DType dtype) {
+  return dtype == DType::f32 ? 4 : dtype == DType::f16 || dtype == DType::bf16 ? 2 : 1;
+}
 
 inline constexpr const char* kNoTensorMap =
     "the NVIDIA driver would not describe a tensor to the copy engine (cuTensorMapEncode): update it to one for CUDA "

@@ -32,8 +32,10 @@ SECONDS = 120  # a test that takes longer no longer ends
 
 # The files in which a kernel's test has to find mutants; those that two kernels share belong to the first.
 FILES = {
-    "nm24_linear": ("nm24_linear", "mainloop", "epilogue"),
+    "nm24_linear": ("nm24_linear", "mainloop", "epilogue", "tile_index"),
     "nm24_conv": ("nm24_conv",),
+    "nm24_linear_sm90": ("nm24_linear_sm90", "mainloop_sm90", "epilogue_sm90"),
+    "nm24_conv_sm90": ("nm24_conv_sm90",),
     "nm24_few_tokens": ("nm24_few_tokens",),
     "nm24_compress": ("nm24_compress",),
     "nm24_grad_values": ("nm24_grad_values",),
@@ -66,6 +68,12 @@ RULES = [
         ("min(", "max("),
         ("__syncthreads();", ";"),
         ("__syncwarp();", ";"),
+        ("consumer_barrier();", ";"),
+        ("ptx::fence_proxy_async();", ";"),
+        ("ptx::fence_mbarrier_init();", ";"),
+        ("ptx::wgmma_fence();", ";"),
+        ("wgmma_wait<1>", "wgmma_wait<2>"),
+        ("bulk_wait_read<0>", "bulk_wait_read<1>"),
         ("ptx::cp_async_commit();", ";"),
         ("kStages - 2>", "kStages - 1>"),
     )

@@ -78,7 +78,7 @@ struct Problem {
   }
 
   CudaWeight canonical() {
-    return {weight.values.data(), weight.slabs.data(), weight.rows, weight.cols, weight.slab_rows};
+    return {weight.values.data(), weight.slabs.data(), weight.rows, weight.cols, weight.slab_rows, nullptr};
   }
 };
 
