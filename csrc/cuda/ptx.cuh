@@ -1,4 +1,5 @@
-// Every PTX instruction that the kernels use, one function each: the only file with assembly in it.
+// Every PTX instruction that the kernels use, one function each: the only file with assembly in it, but for those of
+// sm_90 (ptx_sm90.cuh, wgmma_sp.cuh).
 //
 // Each function has two bodies: the instruction, and, where g++ compiles the kernels for tests on the CPU, its
 // emulation (tests/emulation). "lane = 4g + t" is the PTX manual's way to number a warp's lanes; its sections are named
