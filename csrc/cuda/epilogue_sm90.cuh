@@ -18,16 +18,17 @@ SPARSEOPS_DEVICE void consumer_barrier() { ptx::named_barrier(threadIdx.x / 128,
 
 // As reduce_splits (epilogue.cuh), for one consumer, whose counter and flag are its own.
 template <class Tile>
-SPARSEOPS_DEVICE bool reduce_consumer_splits(typename Tile::Sums& sums, const CudaPlan& plan, const Work& work,
-                                             int consumer) {
+SPARSEOPS_DEVICE bool reduce_consumer_splits(typename Tile::Sums& sums, const Consumer<Tile>& consumer,
+                                             const Work& work) {
   using Part = Fragment<typename Tile::acc_t>;
   constexpr int kParts = sizeof(sums) / sizeof(Part);
+  const CudaPlan& plan = consumer.product.plan;
   const int thread = threadIdx.x % 128;
   const int64_t first = int64_t{work.tile} * plan.splits;
   auto* const all = sums[0];
   auto partials = static_cast<Part*>(plan.partials) + thread;
   const auto part_of = [&](int split, int i) {
-    return partials + (((first + split) * Tile::kConsumers + consumer) * kParts + i) * 128;
+    return partials + (((first + split) * Tile::kConsumers + consumer.index) * kParts + i) * 128;
   };
 #pragma unroll
   for (int i = 0; i < kParts; ++i) {
@@ -37,8 +38,8 @@ SPARSEOPS_DEVICE bool reduce_consumer_splits(typename Tile::Sums& sums, const Cu
     *part_of(work.split, i) = part;
   }
 
-  auto arrived = reinterpret_cast<uint32_t*>(ptx::dynamic_shared() + Tile::kArrivedAt) + consumer;
-  uint32_t* counter = plan.counters + int64_t{work.tile} * Tile::kConsumers + consumer;
+  auto arrived = reinterpret_cast<uint32_t*>(ptx::dynamic_shared() + Tile::kArrivedAt) + consumer.index;
+  uint32_t* counter = plan.counters + int64_t{work.tile} * Tile::kConsumers + consumer.index;
   consumer_barrier();
   if (thread == 0) *arrived = ptx::atomic_add_acq_rel(counter, 1);
   consumer_barrier();
@@ -68,7 +69,7 @@ SPARSEOPS_DEVICE bool reduce_consumer_splits(typename Tile::Sums& sums, const Cu
   return true;
 }
 
-// One buffer's worth of y: 64 features by kChunk tokens, in boxes of 128 bytes a token.
+// One buffer's worth of y: 64 features by kTokens tokens, in boxes of 128 bytes a token.
 template <class Tile, class out_t>
 struct Chunk {
   static constexpr bool kWide = sizeof(out_t) == 4;  // then two boxes of 32 features
@@ -78,7 +79,7 @@ struct Chunk {
   static constexpr int kBoxes = kWide ? 2 : 1, kBoxFeatures = 64 / kBoxes, kBoxBytes = kTokens * 128;
   static_assert(kBoxes * kBoxBytes <= Tile::kBufferBytes && kBoxBytes % 1024 == 0);
 
-  // Four sums of a thread, of features `g` and g + 8 of its warp and tokens 2t and 2t + 1 from `token` on.
+  // Where an element of f32 lies.
   static SPARSEOPS_DEVICE uint32_t wide_at(int token, int feature) {
     const int in_box = feature % 32;
     return feature / 32 * kBoxBytes + token * 128 + ((in_box / 4 ^ token % 8) * 16) + in_box % 4 * 4;
@@ -149,16 +150,22 @@ struct TileStore {
   static constexpr bool kMoves = kActivation != Activation::none || Part::kWide;
   static constexpr int kUnrolled = kMoves ? 1 : kAllChunks;
 
+  Consumer<Tile>& consumer;
   const Sm90Product& product;
-  const Barriers<Tile>& barriers;
-  uint32_t& residual_parities;  // one bit for each buffer
   const Work& work;
-  int consumer, feature0;  // the first feature of the consumer
-  bool leads;              // the thread that asks for copies
+  int feature0;  // of the consumer
+  bool leads;    // the thread that asks for copies
+
+  SPARSEOPS_DEVICE TileStore(Consumer<Tile>& of, const Work& work)
+      : consumer(of),
+        product(of.product),
+        work(work),
+        feature0(work.feature0 + of.row),
+        leads(threadIdx.x % 128 == 0) {}
 
   SPARSEOPS_DEVICE int buffer_of(int chunk) const { return chunk % Tile::kBuffers; }
   SPARSEOPS_DEVICE unsigned char* buffer(int index) const {
-    return ptx::dynamic_shared() + Tile::kBuffersAt + (consumer * Tile::kBuffers + index) * Tile::kBufferBytes;
+    return ptx::dynamic_shared() + Tile::kBuffersAt + (consumer.index * Tile::kBuffers + index) * Tile::kBufferBytes;
   }
 
   // The copy engine's way between a buffer and the `chunk`-th part of the consumer's features.
@@ -172,7 +179,7 @@ struct TileStore {
   }
 
   SPARSEOPS_DEVICE uint32_t residual_bar(int index) const {
-    return barriers.residual(consumer * Tile::kBuffers + index);
+    return consumer.barriers.residual(consumer.index * Tile::kBuffers + index);
   }
 
   // Fetches what is added to a part of y into its buffer, once y has left that.
@@ -189,7 +196,7 @@ struct TileStore {
     return activate_as<kActivation>(sum * scale + bias + residual, product.epilogue.activation);
   }
 
-  // Sums of a thread, 8 tokens of two features, on their way: from left[0..3] to y, in place of the residual.
+  // What a thread has of 8 tokens: features g and g + 8 of its warp, tokens 2t and 2t + 1.
   SPARSEOPS_DEVICE void finish_four(float (&y)[4], const acc_t* sums, const float (&residual)[4],
                                     const FeatureTerms& terms, const float (&x_scale)[2]) const {
 #pragma unroll
@@ -266,8 +273,8 @@ struct TileStore {
       if (adds) {
         // The next part's residual needs the other buffer, or waits for this part to be out.
         if (Tile::kBuffers > 1 && leads && chunk + 1 < kAllChunks) fetch_residual(chunk + 1);
-        ptx::mbarrier_wait(residual_bar(index), residual_parities >> index & 1);
-        residual_parities ^= 1u << index;
+        ptx::mbarrier_wait(residual_bar(index), consumer.residual_parities >> index & 1);
+        consumer.residual_parities ^= 1u << index;
       } else {
         if (leads) ptx::bulk_wait_read<Tile::kBuffers - 1>();
         consumer_barrier();
@@ -297,36 +304,27 @@ struct TileStore {
   }
 };
 
-template <class Tile, class out_t>
-SPARSEOPS_DEVICE void store_sums_as(typename Tile::Sums& sums, const Sm90Product& product,
-                                    const Barriers<Tile>& barriers, uint32_t& parities, const Work& work,
-                                    int consumer) {
-  const int feature0 = work.feature0 + consumer * Tile::kConsumerRows;
-  const bool leads = threadIdx.x % 128 == 0;
-  switch (product.epilogue.activation) {
+template <class out_t, class Tile>
+SPARSEOPS_DEVICE void store_sums_as(typename Tile::Sums& sums, Consumer<Tile>& consumer, const Work& work) {
+  switch (consumer.product.epilogue.activation) {
     case Activation::silu:
-      return TileStore<Tile, out_t, Activation::silu>{product, barriers, parities, work, consumer, feature0, leads}.run(
-          sums);
+      return TileStore<Tile, out_t, Activation::silu>(consumer, work).run(sums);
     case Activation::gelu:
-      return TileStore<Tile, out_t, Activation::gelu>{product, barriers, parities, work, consumer, feature0, leads}.run(
-          sums);
+      return TileStore<Tile, out_t, Activation::gelu>(consumer, work).run(sums);
     default:
-      return TileStore<Tile, out_t, Activation::none>{product, barriers, parities, work, consumer, feature0, leads}.run(
-          sums);
+      return TileStore<Tile, out_t, Activation::none>(consumer, work).run(sums);
   }
 }
 
 template <class Tile>
-SPARSEOPS_DEVICE void store_sums(typename Tile::Sums& sums, const Sm90Product& product, const Barriers<Tile>& barriers,
-                                 uint32_t& parities, const Work& work, int consumer) {
-  if (product.epilogue.dtype == DType::f32)
-    return store_sums_as<Tile, float>(sums, product, barriers, parities, work, consumer);
+SPARSEOPS_DEVICE void store_sums(typename Tile::Sums& sums, Consumer<Tile>& consumer, const Work& work) {
+  const DType dtype = consumer.product.epilogue.dtype;
+  if (dtype == DType::f32) return store_sums_as<float>(sums, consumer, work);
   if constexpr (Tile::k8Bit) {
-    if (product.epilogue.dtype == DType::f16)
-      return store_sums_as<Tile, __half>(sums, product, barriers, parities, work, consumer);
-    store_sums_as<Tile, __nv_bfloat16>(sums, product, barriers, parities, work, consumer);
+    if (dtype == DType::f16) return store_sums_as<__half>(sums, consumer, work);
+    store_sums_as<__nv_bfloat16>(sums, consumer, work);
   } else {
-    store_sums_as<Tile, typename Tile::element_t>(sums, product, barriers, parities, work, consumer);
+    store_sums_as<typename Tile::element_t>(sums, consumer, work);
   }
 }
 
@@ -364,17 +362,16 @@ SPARSEOPS_DEVICE void compute_product(const Sm90Product& product, const Activati
     ptx::increase_registers<Tile::kConsumerRegisters>();
     // Shuffled, so that the compiler knows that it is the same in all lanes: what follows from it can then be kept in
     // uniform registers, where instructions want their descriptors.
-    const int consumer = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / 128, 0) - 1;
-    Consumer<Tile> state{product, barriers, base, consumer * Tile::kConsumerRows, {}, {}, 0, 0};
+    const int index = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / 128, 0) - 1;
+    Consumer<Tile> consumer{product, barriers, base, index, index * Tile::kConsumerRows};
     Schedule<Tile> schedule(product, rank);
-    uint32_t residual_parities = 0;
     Work work;
     while (schedule.take(work)) {
       typename Tile::Sums sums;
-      state.multiply(sums, work);
+      consumer.multiply(sums, work);
       if (!work.exists) continue;
-      if (product.plan.splits > 1 && !reduce_consumer_splits<Tile>(sums, product.plan, work, consumer)) continue;
-      store_sums<Tile>(sums, product, barriers, residual_parities, work, consumer);
+      if (product.plan.splits > 1 && !reduce_consumer_splits(sums, consumer, work)) continue;
+      store_sums(sums, consumer, work);
     }
     if (threadIdx.x % 128 == 0) ptx::bulk_wait<0>();
     __syncwarp();

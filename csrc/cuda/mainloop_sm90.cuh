@@ -304,17 +304,18 @@ struct StageFragments {
   }
 };
 
-// A consumer's way through the stages and atoms.
+// A warpgroup that multiplies, and where it is in the rings.
 template <class Tile>
 struct Consumer {
   const Sm90Product& product;
   const Barriers<Tile>& barriers;
-  uint32_t base;
-  int row;  // its first row in the tile
-  Ring<Tile::kStages> at;
-  Ring<Tile::kAtoms> atom;
+  uint32_t base;   // of shared memory
+  int index, row;  // the block's which; its first row in the tile
+  Ring<Tile::kStages> at{};
+  Ring<Tile::kAtoms> atom{};
   // What was multiplied last, and may still be read by the instructions.
-  uint32_t last_stage, last_atom;
+  uint32_t last_stage = 0, last_atom = 0;
+  uint32_t residual_parities = 0;  // for the way out: one bit for each buffer
 
   SPARSEOPS_DEVICE void release_atom() const {
     const uint32_t thread = threadIdx.x % 128;
