@@ -182,7 +182,7 @@ struct TileStore {
     return consumer.barriers.residual(consumer.index * Tile::kBuffers + index);
   }
 
-  // Fetches what is added to a part of y into its buffer, once y has left that.
+  // Fetches what is added to a part of y into its buffer, once y has left that. The first part's was asked for before.
   SPARSEOPS_DEVICE void fetch_residual(int chunk) const {
     ptx::bulk_wait_read<0>();
     const uint32_t bar = residual_bar(buffer_of(chunk));
@@ -266,7 +266,6 @@ struct TileStore {
   SPARSEOPS_DEVICE void run(typename Tile::Sums& sums) {
     const bool adds = product.epilogue.residual;
     acc_t* const all = sums[0];
-    if (adds && leads) fetch_residual(0);
 #pragma unroll kUnrolled
     for (int chunk = 0; chunk < kAllChunks; ++chunk) {
       const int index = buffer_of(chunk), row_tile = chunk / kChunks, token = chunk % kChunks * Part::kTokens;
@@ -303,6 +302,17 @@ struct TileStore {
     }
   }
 };
+
+// Asks for the first part of what is added to a tile. Early, before the product, it has come by the time it is wanted.
+template <class Tile>
+SPARSEOPS_DEVICE void fetch_first_residual(Consumer<Tile>& consumer, const Work& work) {
+  if (!consumer.product.epilogue.residual || threadIdx.x % 128 != 0) return;
+  if (consumer.product.epilogue.dtype == DType::f32) {
+    TileStore<Tile, float, Activation::none>(consumer, work).fetch_residual(0);
+  } else {
+    TileStore<Tile, __half, Activation::none>(consumer, work).fetch_residual(0);
+  }
+}
 
 template <class out_t, class Tile>
 SPARSEOPS_DEVICE void store_sums_as(typename Tile::Sums& sums, Consumer<Tile>& consumer, const Work& work) {
@@ -367,10 +377,15 @@ SPARSEOPS_DEVICE void compute_product(const Sm90Product& product, const Activati
     Schedule<Tile> schedule(product, rank);
     Work work;
     while (schedule.take(work)) {
+      const bool whole = product.plan.splits == 1;
+      if (whole && work.exists) fetch_first_residual(consumer, work);
       typename Tile::Sums sums;
       consumer.multiply(sums, work);
       if (!work.exists) continue;
-      if (product.plan.splits > 1 && !reduce_consumer_splits(sums, consumer, work)) continue;
+      if (!whole) {
+        if (!reduce_consumer_splits(sums, consumer, work)) continue;
+        fetch_first_residual(consumer, work);
+      }
       store_sums(sums, consumer, work);
     }
     if (threadIdx.x % 128 == 0) ptx::bulk_wait<0>();

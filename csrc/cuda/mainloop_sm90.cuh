@@ -386,6 +386,7 @@ struct Consumer {
   }
 
   SPARSEOPS_DEVICE void multiply(typename Tile::Sums& sums, const Work& work) {
+    __syncwarp();                   // a thread may still be at its copies, and wgmma takes whole warps
     StageMetadata<Tile> even, odd;  // two, since that of a stage is in use while the next one is read
     StageFragments<Tile> fragments;
     read(even, work, work.first_stage, at);
