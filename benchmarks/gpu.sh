@@ -4,9 +4,10 @@
 #   bash benchmarks/gpu.sh
 #
 # It builds for that GPU, runs the tests marked `cuda`, records what the wrapped instructions do, times the layers
-# beside what torch offers, runs compute-sanitizer on a small set, and prints a summary. It needs CUDA's toolkit and a
-# python3 with torch, setuptools, pybind11, ninja, pytest, hypothesis and rich; no network. It changes no setting of
-# the GPU.
+# beside what torch offers, runs compute-sanitizer on a small set, and prints a summary. On a GPU of compute capability
+# 9.0 it also times the instructions of its kernels alone (ceiling), tries all of their tiles at some layers (sweep),
+# logs clock and power of the largest (power) and times layers of e4m3. It needs CUDA's toolkit and a python3 with torch,
+# setuptools, pybind11, ninja, pytest, hypothesis and rich; no network. It changes no setting of the GPU.
 #
 # What has most worth comes first, and each stage is saved as it goes: a run that is cut off still counts. A stage that
 # does not fit is cut, and the table of stages says so. To keep a run: python -m benchmarks.gpu_table --keep FOLDER.
@@ -54,10 +55,12 @@ stage_conformance() {
     echo "no GPU to record"
     return
   fi
-  local nvcc scratch status
+  local nvcc scratch status arch
   nvcc=$(command -v nvcc || command -v /usr/local/cuda/bin/nvcc) || return
+  arch=$("$PYTHON" -m benchmarks.gpu_machine --arch | tr -d .) || return
   scratch=$(mktemp -d)
-  "$nvcc" -std=c++17 -O2 -arch=native -Icsrc -o "$scratch/conformance" tests/emulation/conformance.cu &&
+  "$nvcc" -std=c++17 -O2 -gencode "arch=compute_$arch,code=sm_$arch" -Icsrc \
+    -o "$scratch/conformance" tests/emulation/conformance.cu &&
     "$scratch/conformance" record >"$scratch/recorded" && mv "$scratch/recorded" "$OUT/conformance.txt" &&
     echo "$(wc -l <"$OUT/conformance.txt") lines"
   status=$?
@@ -65,11 +68,20 @@ stage_conformance() {
   return "$status"
 }
 
+stage_ceiling() {
+  "$PYTHON" -m benchmarks.gpu_ceiling --out "$OUT" --until $((DEADLINE - 3)) "${dry[@]}"
+}
+stage_power() {
+  "$PYTHON" -m benchmarks.gpu_power --out "$OUT" --until $((DEADLINE - 3)) "${dry[@]}"
+}
+
+stage_sweep() { layers nm24_linear --sweep; }
 stage_nm24_linear() { layers nm24_linear; }
 stage_nm24_linear_i8() { layers nm24_linear_i8; }
+stage_nm24_linear_f8() { layers nm24_linear_f8; }
 stage_nm24_conv() { layers nm24_conv; }
 layers() {
-  "$PYTHON" -m benchmarks.gpu_run "$1" --out "$OUT" --until $((DEADLINE - 3)) "${dry[@]}"
+  "$PYTHON" -m benchmarks.gpu_run "$@" --out "$OUT" --until $((DEADLINE - 3)) "${dry[@]}"
 }
 
 stage_memcheck() { sanitizer memcheck --padding 64 --report-api-errors no; }
@@ -100,18 +112,19 @@ total=${LIMIT:-540}
 mkdir -p "$OUT" || exit 1
 OUT=$(cd "$OUT" && pwd)
 log=$OUT/log.txt
-rm -f "$OUT"/{environment.json,{stages,tests,layers}.csv,conformance.txt,log.txt,summary.txt}
+rm -f "$OUT"/{environment.json,{stages,tests,layers,ceilings,power,power_log}.csv,conformance.txt,log.txt,summary.txt}
 part=$(mktemp)
 trap 'rm -f "$part"' EXIT
 echo "stage,status,seconds,note" >"$OUT/stages.csv"
 failures=0
+elsewhere="not for this GPU"
 
 record() { # record STAGE STATUS SECONDS NOTE
   local note
   note=$(printf '%s' "$4" | tr -d '\000-\037' | tr '"' "'" | cut -c 1-160)
   printf '%s,%s,%d,"%s"\n' "$1" "$2" "$3" "$note" >>"$OUT/stages.csv"
   printf '%-14s %-8s %4d s  %s\n' "$1" "$2" "$3" "$note"
-  [[ $2 == ok ]] || failures=$((failures + 1))
+  [[ $2 == ok || $4 == "$elsewhere" ]] || failures=$((failures + 1))
 }
 
 # stage NAME UNTIL [SECONDS]: runs stage_NAME, not past UNTIL (of 540, from the start) and not longer than SECONDS
@@ -140,18 +153,32 @@ stage() {
   [[ $word == ok ]]
 }
 
+# stage_sm90 NAME UNTIL [SECONDS]: a stage for compute capability 9.0 alone
+stage_sm90() {
+  if [[ -n $DRY_RUN ]] || grep -q '"capability": "9.0"' "$OUT/environment.json" 2>/dev/null; then
+    stage "$@"
+  else
+    record "$1" "not run" 0 "$elsewhere"
+  fi
+}
+
 stage environment 60
 if stage build 180; then
-  stage tests 270 100
-  stage conformance 290 30
-  stage nm24_linear 365
-  stage nm24_linear_i8 385 25
-  stage nm24_conv 445
-  stage memcheck 490
-  stage racecheck 530
+  stage tests 265 90
+  stage conformance 285 30
+  stage_sm90 ceiling 305 20
+  stage_sm90 sweep 375 85
+  stage_sm90 power 400 30
+  stage nm24_linear 415 75
+  stage nm24_linear_i8 435 25
+  stage_sm90 nm24_linear_f8 450 20
+  stage nm24_conv 480
+  stage memcheck 508
+  stage racecheck 532
 else
-  stage conformance 290 30
-  for name in tests nm24_linear nm24_linear_i8 nm24_conv memcheck racecheck; do
+  stage conformance 285 30
+  stage_sm90 ceiling 305 20
+  for name in tests sweep power nm24_linear nm24_linear_i8 nm24_linear_f8 nm24_conv memcheck racecheck; do
     record "$name" "not run" 0 "there is no build"
   done
 fi

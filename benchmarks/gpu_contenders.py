@@ -25,11 +25,15 @@ from benchmarks.shapes import Linear
 from sparseops import _native
 from sparseops.formats import NM24
 from sparseops.ops import REGISTRY, dispatch
+from sparseops.ops.tiles import ceil_div
 
 SPARSE_BYTES, DENSE_BYTES = 1.125, 2.0  # of a 16-bit weight, per element of the dense one
-SPARSE_INT8_BYTES = 0.625
+SPARSE_8_BIT_BYTES = 0.625
 WIDEST_FEW = 4  # a tile for few tokens is tried up to this many times its tokens
+WIDEST_SM90 = 4  # one of sm90 only for tokens that fill this part of it, or with the fewest tokens there are
 MOST_SPLITS = 16
+MOST_BLOCKS = 4  # splits make no more blocks than this many times the multiprocessors
+PAIRED_TOKENS = 64  # tiles of sm90 from here on may form clusters of two
 
 
 @dataclass(frozen=True)
@@ -74,8 +78,8 @@ def inputs(work: GpuWork, device: torch.device) -> Inputs:
         return torch.randn(shape, generator=generator, device=device)
 
     if isinstance(layer, Linear):
-        if dtype is torch.int8:
-            return _byte_inputs(layer, normal)
+        if dtype.itemsize == 1:
+            return _byte_inputs(layer, dtype, normal)
         shape: tuple[int, ...] = (layer.outputs, layer.inputs)
         x, options = normal(layer.tokens, layer.inputs).to(dtype), {}
     else:
@@ -89,19 +93,20 @@ def inputs(work: GpuWork, device: torch.device) -> Inputs:
     return Inputs((x, packed.values, packed.meta), options, dense, packed.to_dense)
 
 
-def _byte_inputs(layer: Linear, normal: Callable[..., Tensor]) -> Inputs:
+def _byte_inputs(layer: Linear, dtype: torch.dtype, normal: Callable[..., Tensor]) -> Inputs:
     def quantized(*shape: int) -> Tensor:
-        steps = (normal(*shape) * 32).round().clamp(-127, 127)
+        steps = (normal(*shape) * 32).clamp(-127, 127)
+        steps = steps.round() if dtype is torch.int8 else steps.to(dtype).float()
         return torch.where(steps == 0, 1, steps)
 
-    x, dense = quantized(layer.tokens, layer.inputs).to(torch.int8), quantized(layer.outputs, layer.inputs)
+    x, dense = quantized(layer.tokens, layer.inputs).to(dtype), quantized(layer.outputs, layer.inputs)
     packed = NM24.from_dense(dense, prune="magnitude")
     scales = normal(1).abs() / 64, normal(layer.outputs).abs() / layer.inputs
     return Inputs(
-        (x, packed.values.to(torch.int8), packed.meta, *scales),
+        (x, packed.values.to(dtype), packed.meta, *scales),
         {"out_dtype": torch.bfloat16},
-        dense.to(torch.int8),
-        lambda: packed.to_dense().to(torch.int8),
+        dense.to(dtype),
+        lambda: packed.to_dense().to(dtype),
     )
 
 
@@ -110,10 +115,16 @@ def peers(work: GpuWork, data: Inputs) -> list[Contender]:
     if not isinstance(work.layer, Linear):
         return [Contender("cudnn", lambda: _cudnn(data), pruned=False, weight_bytes=DENSE_BYTES)]
     if work.dtype is torch.int8:  # sums that are not scaled, so not what the op gives
-        sparse = SPARSE_INT8_BYTES
+        sparse = SPARSE_8_BIT_BYTES
         return [
             Contender("cublas int8", lambda: _int_mm(data), pruned=False, weight_bytes=1.0),
             Contender("cusparselt int8", lambda: _semi_structured(data, False), "", False, False, sparse),
+        ]
+    if work.dtype is torch.float8_e4m3fn:  # with one scale for all
+        sparse = SPARSE_8_BIT_BYTES
+        return [
+            Contender("cublas fp8", lambda: _scaled_mm(data), pruned=False, weight_bytes=1.0),
+            Contender("cusparselt fp8", lambda: _sparse_mm_f8(data), "", False, False, sparse),
         ]
     found = [Contender("cublas", lambda: _linear(data.x, data.dense), pruned=False, weight_bytes=DENSE_BYTES)]
     if work.source == "square":
@@ -136,6 +147,16 @@ def _linear(x: Tensor, weight: Tensor) -> Call:
 def _int_mm(data: Inputs) -> Call:
     x, weight = data.x, data.dense.t()
     return lambda: torch._int_mm(x, weight)
+
+
+def _scaled_mm(data: Inputs) -> Call:
+    x, weight, one = data.x, data.dense.t(), torch.ones((), device=data.x.device)
+    return lambda: torch._scaled_mm(x, weight, scale_a=one, scale_b=one, out_dtype=torch.bfloat16)
+
+
+def _sparse_mm_f8(data: Inputs) -> Call:
+    x, weight = data.x.t(), torch._cslt_compress(data.pruned())
+    return lambda: torch._cslt_sparse_mm(weight, x, out_dtype=torch.bfloat16, transpose_result=True)
 
 
 def _sparse_weight(data: Inputs, cutlass: bool) -> Any:
@@ -197,11 +218,15 @@ def _tile(name: str) -> Iterator[None]:
 
 
 def text(plan: dispatch.Plan) -> str:
-    return f"{plan.tile.name}/{plan.splits}"
+    """``tile/splits``, and ``/cluster`` where that is more than one."""
+    return f"{plan.tile.name}/{plan.splits}" + (f"/{plan.cluster}" if plan.cluster > 1 else "")
 
 
-def plans(call: Call) -> list[dispatch.Plan]:
-    """The plan that a call takes, then others that could be better. None when it takes none: a CPU kernel."""
+def plans(call: Call, wide: bool = False) -> list[dispatch.Plan]:
+    """The plan that a call takes, then others that could be better. None when it takes none: a CPU kernel.
+
+    wide: splits and clusters are varied for every tile, else for the one that the rule picked alone.
+    """
     asked: list[tuple[inspect.BoundArguments, dispatch.Plan]] = []
     rule = dispatch.plan
 
@@ -217,28 +242,42 @@ def plans(call: Call) -> list[dispatch.Plan]:
     bound, picked = asked[0]
     bound.apply_defaults()
     product, allowed = bound.arguments["product"], bound.arguments["allowed"]
+    most_blocks = MOST_BLOCKS * bound.arguments["multiprocessors"]
     found = {text(picked): picked}
     for name in allowed:
         tile = dispatch.built_tiles()[name]
-        if name.startswith("few") and product.tokens > WIDEST_FEW * tile.tokens:
+        if not fits(tile, product.tokens):
             continue
         with _tile(name):
             alone = rule(*bound.args, **bound.kwargs)
         if alone.tile.name != name:
             raise RuntimeError(f"the plan for {name} took {alone.tile.name}")
-        for splits in _splits(alone, picked, product.cols):
-            plan = alone._replace(splits=splits)
+        others = variants(alone, product, most_blocks) if wide or name == picked.tile.name else [alone]
+        for plan in others:
             found.setdefault(text(plan), plan)
     return list(found.values())
 
 
-def _splits(plan: dispatch.Plan, picked: dispatch.Plan, cols: int) -> list[int]:
-    """The rule's number of splits, and its neighbours for the tile that the rule picked."""
-    slabs = max(1, -(-cols // 128))
-    tried = [plan.splits]
-    if plan.tile.name == picked.tile.name:
-        tried += [1, plan.splits // 2, plan.splits * 2]
-    return [splits for splits in dict.fromkeys(tried) if 1 <= splits <= min(slabs, MOST_SPLITS)]
+def fits(tile: dispatch.Tile, tokens: int) -> bool:
+    """Whether a tile is worth trying."""
+    few = tile.name.startswith("few") or (tile.is_sm90 and tile.tokens < PAIRED_TOKENS)
+    if few and tokens > WIDEST_FEW * tile.tokens:
+        return False
+    return not tile.is_sm90 or tile.tokens <= max(8, WIDEST_SM90 * tokens)
+
+
+def variants(plan: dispatch.Plan, product: dispatch.Product, most_blocks: int) -> list[dispatch.Plan]:
+    """A tile's plan, and those with neighbouring numbers of splits, each with and without clusters."""
+    columns = 128 * 16 // product.element_bits if plan.tile.is_sm90 else 128
+    stages = max(1, ceil_div(product.cols, columns))
+    splits = [plan.splits]
+    for tried in (1, plan.splits // 2, plan.splits * 2):
+        if 1 <= tried <= min(stages, MOST_SPLITS) and (tried == 1 or tried * plan.tiles <= most_blocks):
+            splits.append(ceil_div(stages, ceil_div(stages, tried)))  # none without columns
+    clusters = [plan.cluster]
+    if plan.tile.is_sm90 and plan.tile.tokens >= PAIRED_TOKENS:
+        clusters.append(3 - plan.cluster)
+    return [plan._replace(splits=s, cluster=c) for s in dict.fromkeys(splits) for c in clusters]
 
 
 def forced(call: Call, plan: dispatch.Plan) -> Call:
@@ -251,9 +290,9 @@ def forced(call: Call, plan: dispatch.Plan) -> Call:
     return run
 
 
-def ours(call: Call, weight_bytes: float, on_gpu: bool) -> list[Contender]:
+def ours(call: Call, weight_bytes: float, on_gpu: bool, wide: bool = False) -> list[Contender]:
     """Our kernels: as a plain call runs them, then each other plan. Runs the call."""
-    found = plans(call)
+    found = plans(call, wide)
     if not found and on_gpu:
         raise RuntimeError("the call ran no kernel of ours")
     plain_call = Contender(OURS, lambda: call, text(found[0]) if found else "", picked=True)

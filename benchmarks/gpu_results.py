@@ -16,9 +16,15 @@ from typing import Any, TypeVar
 from benchmarks.provenance import RESULTS
 
 ENVIRONMENT, STAGES, TESTS, LAYERS = "environment.json", "stages.csv", "tests.csv", "layers.csv"
+CEILINGS, POWER, POWER_LOG = "ceilings.csv", "power.csv", "power_log.csv"
 OK, WRONG, FAILED, SKIPPED = "ok", "wrong", "failed", "not run"
 OURS = "sparseops"
-BASELINES = {"nm24_linear": "cublas", "nm24_linear_i8": "cublas int8", "nm24_conv": "cudnn"}
+BASELINES = {
+    "nm24_linear": "cublas",
+    "nm24_linear_i8": "cublas int8",
+    "nm24_linear_f8": "cublas fp8",
+    "nm24_conv": "cudnn",
+}
 
 
 @dataclass(frozen=True)
@@ -39,7 +45,7 @@ class GpuRow:
     source: str
     dtype: str
     contender: str
-    plan: str  # the tile, and how many blocks shared one
+    plan: str  # the tile, how many blocks shared one, and how many made a cluster if several did
     picked: int  # 1: what a plain call does
     status: str  # "ok", or "wrong", "failed", "not run" and why
     rounds: int | None = None
@@ -78,7 +84,53 @@ class OpTests:
     skipped: int
 
 
-Kind = TypeVar("Kind", GpuRow, Stage, OpTests)
+@dataclass(frozen=True)
+class Ceiling:
+    """How fast wgmma.sp went in a loop (benchmarks/wgmma_ceiling.cu), beside what two models say."""
+
+    form: str  # SS: the weight from shared memory, RS: from registers
+    features: int  # of a multiprocessor at a time, as the tile of a kernel
+    tokens: int
+    consumers: int  # warpgroups
+    cluster: int  # 0: nothing was filled; else blocks that shared what was
+    clocks: float  # per instruction and multiprocessor: the median of the multiprocessors
+    slowest: float
+    wrong: int  # threads with wrong sums
+    peak: float  # the share of the tensor cores' peak
+    if_free: float  # what it should be if only reads take turns at shared memory
+    if_shared: float  # and if fills take turns with them
+
+
+@dataclass(frozen=True)
+class Power:
+    """Many calls in a row: how fast, at which clock, for how much energy."""
+
+    contender: str
+    plan: str
+    run: str  # short or sustained
+    calls: int
+    ms: float  # per call
+    tflops: float  # dense-equivalent
+    sm_mhz: int | None  # short: measured by a kernel right behind; sustained: the mean of what was logged
+    watts: float | None
+    joules: float | None  # of all calls
+    pj_per_flop: float | None  # of the dense layer
+    peak: float | None  # share of the tensor cores' peak at that clock, a 2:4 one for a sparse weight
+
+
+@dataclass(frozen=True)
+class PowerReading:
+    """What the driver said during a sustained run."""
+
+    contender: str
+    seconds: float
+    sm_mhz: int | None
+    watts: float | None
+    joules: float | None  # of a counter that began some day
+    limits: str  # a bit for each reason that holds the clock down, in hexadecimal
+
+
+Kind = TypeVar("Kind", GpuRow, Stage, OpTests, Ceiling, Power, PowerReading)
 
 
 def append(file: Path, rows: Iterable[Kind]) -> None:

@@ -34,6 +34,9 @@ class StridedConv(Conv):
         return 2 * self.batch * self.out_side**2 * self.channels * self.kernel**2 * self.outputs
 
 
+BYTE_TAGS = {torch.int8: "i8", torch.float8_e4m3fn: "f8"}
+
+
 @dataclass(frozen=True)
 class GpuWork:
     """A layer in a dtype, and where it is from."""
@@ -44,7 +47,7 @@ class GpuWork:
 
     @property
     def op(self) -> str:
-        return "nm24_linear_i8" if self.dtype is torch.int8 else self.layer.op
+        return f"nm24_linear_{self.tag}" if self.dtype in BYTE_TAGS else self.layer.op
 
     @property
     def name(self) -> str:
@@ -52,7 +55,7 @@ class GpuWork:
 
     @property
     def tag(self) -> str:
-        return "i8" if self.dtype is torch.int8 else DTYPE_TAGS[self.dtype]
+        return BYTE_TAGS.get(self.dtype) or DTYPE_TAGS[self.dtype]
 
 
 SQUARES = (4096, 8192, 2048, 1024, 16384)
@@ -70,8 +73,11 @@ LAYERS = (
 TOKENS = (1, 4096, 16, 256, 1024, 64, 4)
 HALF_TOKENS = (1, 16, 256, 4096)
 """Those at which f16 is measured too."""
+SWEEP_SQUARES, SWEEP_TOKENS = (8192, 4096), (4096, 256, 1024, 64)
+"""Where every tile of sm90 is tried with all its splits and clusters."""
 BYTE_TOKENS = (4096, 256, 32)
-"""Those at which int8 is measured: torch's own product needs more than 16."""
+"""Those at which 8-bit numbers are measured: torch's own product of int8 needs more than 16."""
+F8_SQUARES = (8192, 4096, 2048)
 
 CONVS = (  # channels, side, outputs, kernel, stride
     (256, 14, 256, 3, 1, "ResNet-50 conv4_x 3x3"),
@@ -120,8 +126,17 @@ def linear_works() -> list[GpuWork]:
     return _linear(torch.bfloat16, SQUARES, TOKENS) + _linear(torch.float16, SQUARES, HALF_TOKENS)
 
 
+def sweep_works() -> list[GpuWork]:
+    """Some of ``linear_works``, in bf16."""
+    return _linear(torch.bfloat16, SWEEP_SQUARES, SWEEP_TOKENS)
+
+
 def byte_works() -> list[GpuWork]:
     return _linear(torch.int8, SQUARES, BYTE_TOKENS)
+
+
+def f8_works() -> list[GpuWork]:
+    return _linear(torch.float8_e4m3fn, F8_SQUARES, BYTE_TOKENS)
 
 
 def conv_works() -> list[GpuWork]:
@@ -135,12 +150,21 @@ def conv_works() -> list[GpuWork]:
 
 def tiny_works(op: str) -> list[GpuWork]:
     """Stand-ins with which every step is gone through in seconds, also without a GPU."""
-    dtypes = {"nm24_linear": (torch.bfloat16, torch.float16), "nm24_linear_i8": (torch.int8,)}
+    dtypes = {
+        "nm24_linear": (torch.bfloat16, torch.float16),
+        "nm24_linear_i8": (torch.int8,),
+        "nm24_linear_f8": (torch.float8_e4m3fn,),
+    }
     if op in dtypes:
         return [GpuWork(Linear(t, 128, 64), "tiny", d) for d in dtypes[op] for t in (64, 3)]
     convs = (StridedConv(1, 32, 6, 64), StridedConv(2, 32, 5, 64, 3, 2), StridedConv(1, 64, 4, 32, 1))
     return [GpuWork(conv, "tiny", torch.float16) for conv in convs]
 
 
-WORKS = {"nm24_linear": linear_works, "nm24_linear_i8": byte_works, "nm24_conv": conv_works}
+WORKS = {
+    "nm24_linear": linear_works,
+    "nm24_linear_i8": byte_works,
+    "nm24_linear_f8": f8_works,
+    "nm24_conv": conv_works,
+}
 """By op, what is measured."""

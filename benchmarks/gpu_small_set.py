@@ -24,17 +24,19 @@ from sparseops.ops.registry import Op
 from sparseops.testing import expect
 
 GRADIENTS = ("gt_tile", "tail")  # cases whose gradients are taken too
-ENOUGH = 3  # plans of a case
+ENOUGH = 3  # other plans of a case
 
 
-def calls(op: Op, args: Sequence[Any], kwargs: dict[str, Any]) -> Iterator[tuple[str, Call]]:
-    """The op as it is, then with other plans."""
+def calls(op: Op, args: Sequence[Any], kwargs: dict[str, Any], turn: int) -> Iterator[tuple[str, Call]]:
+    """The op as it is, then with some other plans, which are different ones in each turn."""
 
     def call() -> Tensor:
         return op.fn(*args, **kwargs)
 
     yield "", call
-    for plan in plans(call)[1 : 1 + ENOUGH]:
+    others = plans(call, wide=True)[1:]
+    for i in range(min(ENOUGH, len(others))):
+        plan = others[(turn * ENOUGH + i) % len(others)]
         yield text(plan), forced(call, plan)
 
 
@@ -42,11 +44,11 @@ def moved(args: Sequence[Any], device: torch.device) -> list[Any]:
     return [arg.to(device) if isinstance(arg, Tensor) else arg for arg in args]
 
 
-def run_case(op: Op, name: str, dtype: torch.dtype, device: torch.device) -> Iterator[str]:
-    """Runs a case in every way; gives what is wrong."""
+def run_case(op: Op, name: str, dtype: torch.dtype, device: torch.device, turn: int) -> Iterator[str]:
+    """Runs a case in some ways; gives what is wrong."""
     args, kwargs = next(case for case in op.cases if case.name == name).make(dtype)
     on_gpu = moved(args, device)
-    for plan, call in calls(op, on_gpu, kwargs):
+    for plan, call in calls(op, on_gpu, kwargs, turn):
         if fault := difference(op, args, kwargs, call()):
             yield f"{plan or 'plain'}: {fault}"
     if name in GRADIENTS and on_gpu[0].is_floating_point():
@@ -94,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         args, _ = next(case for case in op.cases if case.name == name).make(dtype)
         if op.supports(*moved([arg for arg in args[:2] if isinstance(arg, Tensor)], device)):
             continue
-        wrong += [f"{op.name} {name} {dtype}: {fault}" for fault in run_case(op, name, dtype, device)]
+        wrong += [f"{op.name} {name} {dtype}: {fault}" for fault in run_case(op, name, dtype, device, done)]
         done += 1
     if not chosen.dry_run:
         torch.cuda.synchronize()

@@ -14,22 +14,26 @@ from pathlib import Path
 
 from benchmarks.gpu_results import (
     BASELINES,
+    CEILINGS,
     FAILED,
     LAYERS,
     OK,
     OURS,
+    POWER,
     STAGES,
     TESTS,
     WRONG,
+    Ceiling,
     GpuRow,
     OpTests,
+    Power,
     Stage,
     environment,
     read,
 )
 
 MOST_LINES, WIDTH = 60, 110
-SHOWN_MISSES, SHOWN_FAULTS = 5, 3
+SHOWN_MISSES, SHOWN_FAULTS = 2, 2
 MISS = 1.05  # how much faster another plan has to be to be named
 
 Works = dict[tuple[str, str, str], list[GpuRow]]
@@ -98,7 +102,7 @@ def conv_name(name: str) -> tuple[str, str]:
 
 def linear_lines(works: Works, op: str) -> list[str]:
     text: list[str] = []
-    for dtype in ("bf16", "f16", "i8"):
+    for dtype in ("bf16", "f16", "i8", "f8"):
         columns, lines = table(works, op, dtype, linear_name)
         squares = lines.pop("square", {})
         if squares:
@@ -177,6 +181,32 @@ def faults(rows: Sequence[GpuRow]) -> list[str]:
     return text
 
 
+def ceiling_lines(rows: Sequence[Ceiling]) -> list[str]:
+    """A line for weights from shared memory and one for those from registers: a tile's shares of the peak,
+    without fills and with them in clusters of 1, 2, 4."""
+    lines = []
+    for form in dict.fromkeys(row.form for row in rows):
+        tiles: dict[str, list[str]] = {}
+        for row in rows:
+            if row.form == form:
+                share = "WRONG" if row.wrong else f"{row.peak:.2f}"
+                tiles.setdefault(f"{row.features}x{row.tokens}", []).append(share)
+        shares = "  ".join(f"{tile} {'/'.join(of)}" for tile, of in tiles.items())
+        lines.append(f"wgmma.sp {form}, of the peak: {shares}")
+    return lines
+
+
+def power_lines(rows: Sequence[Power]) -> list[str]:
+    """A line: TFLOP/s for a moment, then for seconds with clock and energy per operation."""
+    contenders: dict[str, list[str]] = {}
+    for row in rows:
+        clock = "" if row.sm_mhz is None else f" at {row.sm_mhz} MHz"
+        energy = "" if row.pj_per_flop is None else f" {row.pj_per_flop:.2f} pJ"
+        contenders.setdefault(row.contender, []).append(f"{row.tflops:.0f}{clock}{energy}")
+    text = ", ".join(f"{name} {'/'.join(of)}" for name, of in contenders.items())
+    return [f"power: {text}"] if rows else []
+
+
 def summary(run: Path) -> list[str]:
     """The lines."""
     facts = environment(run)
@@ -193,6 +223,7 @@ def summary(run: Path) -> list[str]:
     counts = read(OpTests, run / TESTS)
     if counts:
         lines.append("tests passed/failed: " + ", ".join(f"{c.op} {c.passed}/{c.failed}" for c in counts))
+    lines += ceiling_lines(read(Ceiling, run / CEILINGS)) + power_lines(read(Power, run / POWER))
     for op in BASELINES:
         lines += linear_lines(works, op) if op.startswith("nm24_linear") else conv_lines(works)
     lines += misses(works) + (faults(rows) if rows else [])

@@ -1,5 +1,5 @@
 """``python -m benchmarks.gpu_table``: what is known of each CUDA kernel, as Markdown; ``--write`` puts it
-into docs/kernels.md.
+into docs/kernels.md, and what the kernels for sm_90a came to into docs/kernels/nm24_linear_sm90.md.
 
 It never measures: it reads the runs that are kept under benchmarks/results. ``--keep FOLDER`` adds one, as
 benchmarks/gpu.sh left it.
@@ -15,12 +15,17 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks import gpu_ladder
+from benchmarks.gpu_ladder import NEVER
 from benchmarks.gpu_machine import DRY_RUN
 from benchmarks.gpu_results import (
+    CEILINGS,
     ENVIRONMENT,
     LAYERS,
     OK,
     OURS,
+    POWER,
+    POWER_LOG,
     STAGES,
     TESTS,
     WRONG,
@@ -36,12 +41,14 @@ from sparseops.ops import REGISTRY, dispatch
 
 PAGE = TREE / "docs" / "kernels.md"
 MARKERS = "kernels"
+LADDER_PAGE = TREE / "docs" / "kernels" / "nm24_linear_sm90.md"
+LADDER_MARKERS = "ladder"
 TILES = {
     "nm24_linear": dispatch.MATRIX_TILES,
-    "nm24_linear_i8": dispatch.WIDE_TILES,
-    "nm24_conv": dispatch.WIDE_TILES,
+    "nm24_linear_i8": dispatch.BYTE_TILES,
+    "nm24_linear_f8": dispatch.F8_TILES,
+    "nm24_conv": dispatch.CONV_TILES,
 }
-NEVER = "never run on hardware"
 CONFORMANCE = TREE / "tests" / "emulation" / "conformance"
 RECORDED = "conformance.txt"
 STANDS_ON_DOCUMENTS = "stands on documents (cross-checks)"
@@ -126,6 +133,13 @@ def markdown(runs: Sequence[Run]) -> str:
     return f"{text}\n\nWhat the emulator makes of each instruction: {conformance()}.\n"
 
 
+def pages() -> Iterator[tuple[Path, str, str]]:
+    """What kept runs say: a page, the name of its markers, and what belongs between them."""
+    runs = kept_runs()
+    yield PAGE, MARKERS, markdown([load(run) for run in runs])
+    yield LADDER_PAGE, LADDER_MARKERS, gpu_ladder.markdown([r for r in map(gpu_ladder.load, runs) if r])
+
+
 def keep(folder: Path, root: Path, fixtures: Path) -> Path:
     """Copies the tables of a run to ``<root>/<gpu>/<date>-<commit>``, what it recorded of the instructions to
     ``<fixtures>/<gpu>.txt``. ValueError when it must not be kept."""
@@ -138,7 +152,7 @@ def keep(folder: Path, root: Path, fixtures: Path) -> Path:
     gpu = folder_name(facts["machine"])
     target = root / gpu / f"{date}-{facts['commit']}"
     target.mkdir(parents=True)
-    for name in (ENVIRONMENT, STAGES, TESTS, LAYERS, "summary.txt"):
+    for name in (ENVIRONMENT, STAGES, TESTS, LAYERS, CEILINGS, POWER, POWER_LOG, "summary.txt"):
         if (folder / name).exists():
             shutil.copy(folder / name, target / name)
     if (folder / RECORDED).exists():
@@ -152,7 +166,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = argparse.ArgumentParser("python -m benchmarks.gpu_table", description=what)
     add = options.add_argument
     add("--keep", type=Path, metavar="FOLDER", help="first add this run to those that are kept")
-    add("--write", action="store_true", help="put the table into docs/kernels.md, between the markers")
+    add("--write", action="store_true", help="put the tables into their pages, between the markers")
     chosen = options.parse_args(argv)
     if chosen.keep:
         try:
@@ -160,11 +174,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         except ValueError as error:
             print(f"benchmarks.gpu_table: {error}", file=sys.stderr)
             return 1
-    table = markdown([load(run) for run in kept_runs()])
-    if chosen.write:
-        PAGE.write_text(spliced(PAGE.read_text(), MARKERS, table))
-    else:
-        print(table, end="")
+    for page, markers, table in pages():
+        if chosen.write:
+            page.write_text(spliced(page.read_text(), markers, table))
+        else:
+            print(table)
     return 0
 
 

@@ -147,8 +147,10 @@ def _nvcc_rule(tools: Tools, csrc: str, nvcc_jobs: int) -> list[str]:
         f"nvccflags = -std=c++17 -O3 -lineinfo -cudart static --threads 1 -I{csrc} "
         f"-Xcompiler -fPIC,-fvisibility=hidden,-Wall,-Wextra '-DSPARSEOPS_CUDA_ARCHS=\"{archs}\"'",
         "rule nvcc",
-        # nvcc lists its own headers too, as cuda/...; cuda_version.h stands for them
-        "  command = $nvcc -MMD -MF $out.d $nvccflags $flags -c $in -o $out && sed -i '/^ *cuda\\//d' $out.d",
+        # What nvcc says stays beside the object: with exit status 0 ptxas tells when it makes a kernel slow.
+        # nvcc lists its own headers too, as cuda/...; cuda_version.h stands for them.
+        "  command = $nvcc -MMD -MF $out.d $nvccflags $flags -c $in -o $out >$out.log 2>&1; "
+        "status=$$?; cat $out.log; [ $$status = 0 ] && sed -i '/^ *cuda\\//d' $out.d",
         "  depfile = $out.d",
         "  deps = gcc",
         "  pool = nvcc",

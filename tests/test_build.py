@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+SYSTEM_PATH = os.environ["PATH"]  # read before `machine` empties it
+
 TREE = Path(__file__).resolve().parent.parent
 CSRC = TREE / "csrc"
 sys.path.insert(0, str(TREE / "build_backend"))
@@ -307,9 +309,40 @@ def test_command_lines_hold_no_path_of_the_build_environment(tmp_path):
     assert str(tmp_path) not in text and sys.prefix not in text
 
 
+@pytest.mark.parametrize("status", [0, 3])
+def test_what_nvcc_says_stays_beside_the_object(tmp_path, status):
+    csrc = tree_with(tmp_path / "csrc", {"cuda/device.cu": "// archs: all"})
+    program = nvcc_at(tmp_path / "cuda" / "bin", "13.0")
+    (tmp_path / "cuda" / "lib").mkdir()
+    (tmp_path / "cuda" / "lib" / "libcudart_static.a").touch()
+    tools = ninja_file.Tools(["g++"], [], toolchain.Nvcc(str(program), (13, 0)), [archs.Arch("80")])
+    said = "ptxas info    : (C7508) Potential Performance Loss"
+    program.write_text(
+        f"#!/bin/sh\necho '{said}' >&2\n"
+        "while [ $# -gt 0 ]; do case $1 in -MF) dep=$2 ;; -o) object=$2 ;; esac; shift; done\n"
+        'printf "$object: csrc/cuda/device.cu \\\\\n cuda/b.h\\n" >$dep; echo >$object\n'
+        f"exit {status}\n"
+    )
+    (tmp_path / "build.ninja").write_text(
+        ninja_file.render(sources.cuda_steps(csrc, tools.archs), tools, "csrc", 1)
+    )
+    for name in ("cxx_version.h", "cuda_version.h"):
+        (tmp_path / name).touch()
+    target = "obj/cuda/device.cu.o"
+    for times in (1, 0 if status == 0 else 1):  # the second run of a build that went well compiles nothing
+        answer = subprocess.run(
+            [toolchain.ninja(), "-C", str(tmp_path), target],
+            capture_output=True,
+            text=True,
+            env={"PATH": SYSTEM_PATH},
+        )
+        assert (answer.returncode == 0) == (status == 0), answer.stdout
+        assert answer.stdout.count(said) == times
+        assert (tmp_path / f"{target}.log").read_text() == f"{said}\n"
+
+
 # ---- what was built
 
-SYSTEM_PATH = os.environ["PATH"]  # read before `machine` empties it
 TORCH_SYMBOL = r" UND (\S*(?:5torch|2at|3c10)\d\S*|aoti_torch\S*)"
 
 

@@ -58,6 +58,15 @@ def test_layers_are_those_of_real_models() -> None:
     assert all(work.op in REGISTRY and work.source for work in everything)
 
 
+def test_a_sweep_goes_through_some_of_the_layers() -> None:
+    sweep = {(work.name, work.tag): work for work in gpu_shapes.sweep_works()}
+    everything = {(work.name, work.tag) for work in gpu_shapes.linear_works()}
+    assert set(sweep) < everything and {tag for _, tag in sweep} == {"bf16"}
+    assert list(sweep)[:2] == [("8192x8192->8192", "bf16"), ("4096x4096->4096", "bf16")]
+    for tokens in (64, 256, 1024, 4096):
+        assert {(f"{tokens}x3584->18944", "bf16"), (f"{tokens}x4096->14336", "bf16")} <= set(sweep)
+
+
 def test_the_best_comes_first() -> None:
     first = gpu_shapes.linear_works()[:16]
     assert {work.tag for work in first} == {"bf16"}
@@ -208,11 +217,22 @@ def test_the_baseline_has_no_zeros_and_the_peers_have_the_pruned_weight() -> Non
 
 
 TILES = {
-    name: dispatch.Tile(i, name, features, tokens, 64)
-    for i, (name, features, tokens) in enumerate(
-        [("few8", 32, 8), ("few16", 32, 16), ("small", 64, 64), ("large", 128, 128)]
+    name: dispatch.Tile(i, name, features, tokens, depth, consumers, arch)
+    for i, (name, features, tokens, depth, consumers, arch) in enumerate(
+        [
+            ("few8", 32, 8, 128, 1, 80),
+            ("few16", 32, 16, 128, 1, 80),
+            ("small", 64, 64, 64, 1, 80),
+            ("large", 128, 128, 64, 1, 80),
+            ("sm90_128x8", 128, 8, 128, 2, 90),
+            ("sm90_128x32", 128, 32, 128, 2, 90),
+            ("sm90_128x64", 128, 64, 128, 2, 90),
+            ("sm90_128x256", 128, 256, 128, 2, 90),
+            ("sm90_rs_128x256", 128, 256, 128, 2, 90),
+        ]
     )
 }
+MMA_TILES = tuple(name for name in TILES if "sm90" not in name)
 
 
 @pytest.fixture
@@ -232,11 +252,11 @@ def planned_op(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
 
 
 def test_other_plans_are_tried(planned_op: Callable) -> None:
-    call, taken = planned_op(8, 4096, 4096, dispatch.MATRIX_TILES)
+    call, taken = planned_op(8, 4096, 4096, MMA_TILES)
     found = gpu_contenders.ours(call, 1.125, on_gpu=True)
     assert found[0].picked and found[0].plan == taken[0] and not any(c.picked for c in found[1:])
     tiles = {c.plan.split("/")[0] for c in found}
-    assert tiles == set(dispatch.MATRIX_TILES) and len({c.plan for c in found}) == len(found)
+    assert tiles == set(MMA_TILES) and len({c.plan for c in found}) == len(found)
     splits = {c.plan for c in found if c.plan.startswith("few8/")}
     assert "few8/1" in splits and len(splits) > 1
     for contender in found:
@@ -247,16 +267,74 @@ def test_other_plans_are_tried(planned_op: Callable) -> None:
 
 
 def test_tiles_for_few_tokens_are_not_tried_for_many(planned_op: Callable) -> None:
-    call, _ = planned_op(1024, 256, 512, dispatch.MATRIX_TILES)
+    call, _ = planned_op(1024, 256, 512, MMA_TILES)
     assert {plan.tile.name for plan in gpu_contenders.plans(call)} == {"small", "large"}
+    call, _ = planned_op(1024, 256, 512, tuple(TILES))
+    assert {plan.tile.name for plan in gpu_contenders.plans(call)} == set(TILES) - {
+        "few8",
+        "few16",
+        "sm90_128x8",
+        "sm90_128x32",
+    }
     call, _ = planned_op(4, 256, 512, dispatch.WIDE_TILES)
     assert {plan.tile.name for plan in gpu_contenders.plans(call)} == {"small", "large"}
+
+
+def test_wide_tiles_of_sm90_are_not_tried_for_few_tokens(planned_op: Callable) -> None:
+    call, _ = planned_op(1, 4096, 4096, tuple(TILES))
+    names = {plan.tile.name for plan in gpu_contenders.plans(call)}
+    assert names == {*MMA_TILES, "sm90_128x8"}
+
+
+def test_a_sweep_tries_all_tiles_with_splits_and_clusters(planned_op: Callable) -> None:
+    call, taken = planned_op(256, 4096, 4000, tuple(TILES))
+    some = [gpu_contenders.text(plan) for plan in gpu_contenders.plans(call)]
+    found = [gpu_contenders.text(plan) for plan in gpu_contenders.plans(call, wide=True)]
+    assert found[0] == some[0] == taken[0] and set(some) < set(found) and len(set(found)) == len(found)
+    for tile in ("sm90_128x64", "sm90_128x256", "sm90_rs_128x256"):
+        assert {f"{tile}/1", f"{tile}/1/2"} <= set(found)
+        assert any(text.startswith(tile) and text.split("/")[1] != "1" for text in found)
+    assert not any(text.startswith(("small", "large")) and text.count("/") > 1 for text in found)
+    for contender in gpu_contenders.ours(call, 1.125, on_gpu=True, wide=True):
+        taken.clear()
+        contender.make()()
+        assert taken == [contender.plan]
+
+
+def test_splits_leave_none_without_columns_and_do_not_flood_the_gpu() -> None:
+    tile = TILES["sm90_128x256"]
+
+    def splits(tiles: int, cols: int, splits: int, bits: int = 16) -> list[tuple[int, int]]:
+        product = dispatch.Product(256, 128 * tiles, cols, element_bits=bits)
+        plan = dispatch.Plan(tile, splits, tiles, 2)
+        return [(p.splits, p.cluster) for p in gpu_contenders.variants(plan, product, most_blocks=528)]
+
+    assert splits(40, 1280, 4) == [(s, c) for s in (4, 1, 2, 5) for c in (2, 1)]  # 10 stages: 8 would be 5
+    assert splits(100, 12800, 3) == [(s, c) for s in (3, 1) for c in (2, 1)]  # 600 blocks are too many
+    assert splits(10, 1280, 2, bits=8) == [
+        (s, c) for s in (2, 1, 3) for c in (2, 1)
+    ]  # 5 stages: 4 would be 3
+    few = dispatch.Plan(TILES["sm90_128x8"], 1, 4)
+    assert {p.cluster for p in gpu_contenders.variants(few, dispatch.Product(8, 512, 512), 528)} == {1}
 
 
 def test_a_call_on_a_gpu_that_runs_no_kernel_is_an_error() -> None:
     with pytest.raises(RuntimeError, match="ran no kernel of ours"):
         gpu_contenders.ours(lambda: torch.empty(0), 1.125, on_gpu=True)
     assert [c.plan for c in gpu_contenders.ours(lambda: torch.empty(0), 1.125, on_gpu=False)] == [""]
+
+
+def test_8_bit_peers_take_the_same_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "_cslt_compress", lambda weight: weight, raising=False)
+    monkeypatch.setattr(torch, "_cslt_sparse_mm", lambda weight, x, **_: (weight, x), raising=False)
+    work = gpu_shapes.GpuWork(Linear(32, 64, 32), "square", torch.float8_e4m3fn)
+    data = gpu_contenders.inputs(work, CPU)
+    dense, sparse = gpu_contenders.peers(work, data)
+    expected = data.x.float() @ data.dense.float().t()
+    assert torch.allclose(dense.make()().float(), expected, rtol=0.01) and not dense.pruned
+    weight, x = sparse.make()()
+    assert weight.dtype == work.dtype and torch.equal(weight.float(), data.pruned().float())
+    assert torch.equal(x.float(), data.x.t().float())
 
 
 # ---- rows
@@ -366,7 +444,7 @@ def test_a_child_without_its_gpu_leaves_at_once(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(gpu_run.Bench, "run", fail)
     monkeypatch.setattr(gpu_run.os, "_exit", leave)
     with pytest.raises(SystemExit) as stopped:
-        gpu_run.child("nm24_linear", tmp_path, time.time() + 60, True, gpu_run.Journal(tmp_path / "now"))
+        gpu_run.child(
+            "nm24_linear", tmp_path, time.time() + 60, True, False, gpu_run.Journal(tmp_path / "now")
+        )
     assert stopped.value.code == gpu_run.LOST
-
-

@@ -31,7 +31,7 @@ from benchmarks import (  # noqa: E402
     output,
     results,
 )
-from benchmarks.gpu_results import GpuRow, OpTests, Stage  # noqa: E402
+from benchmarks.gpu_results import Ceiling, GpuRow, OpTests, Power, PowerReading, Stage  # noqa: E402
 from sparseops.ops import REGISTRY, dispatch  # noqa: E402
 
 TINY = gpu_shapes.tiny_works("nm24_linear")[0]
@@ -146,11 +146,11 @@ def test_works_that_have_rows_are_not_done_again_and_time_runs_out(
 
     monkeypatch.setattr(gpu_run.Bench, "run", fake)
     gpu_results.append(tmp_path / "layers.csv", [replace(a_row(), work=works[0].name, dtype=works[0].tag)])
-    gpu_run.child("nm24_linear", tmp_path, time.time() + 60, True, journal)
+    gpu_run.child("nm24_linear", tmp_path, time.time() + 60, True, False, journal)
     assert done == [work.name + work.tag for work in works[1:]]
     (tmp_path / "layers.csv").unlink()
     monkeypatch.setattr(gpu_run, "LONGEST_WORK_SECONDS", 5)
-    gpu_run.child("nm24_linear", tmp_path, time.time() + 4, True, journal)
+    gpu_run.child("nm24_linear", tmp_path, time.time() + 4, True, False, journal)
     assert f"out of time before {works[0].name}" in capsys.readouterr().out
 
 
@@ -158,10 +158,9 @@ def test_gpu_run_says_what_came_of_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def supervise(op: str, folder: Path, *_: object) -> None:
-        rows = [a_row(), replace(a_row(), plan="large/1", picked=0, status="wrong: all", ms=None)]
-        gpu_results.append(
-            folder / "layers.csv", [*rows, replace(a_row(), op="nm24_conv", status="failed: x")]
-        )
+        row = a_row(work=TINY.name, dtype=TINY.tag)
+        rows = [row, replace(row, plan="large/1", picked=0, status="wrong: all", ms=None)]
+        gpu_results.append(folder / "layers.csv", [*rows, replace(row, op="nm24_conv", status="failed: x")])
 
     monkeypatch.setattr(gpu_run, "supervise", supervise)
     assert gpu_run.main(["nm24_linear", "--out", str(tmp_path), "--dry-run"]) == 1
@@ -329,9 +328,14 @@ def whole_run(tmp_path: Path) -> Path:
         "cuda": "13",
     }
     (tmp_path / "environment.json").write_text(json.dumps(facts))
-    stages = [Stage(f"stage {i}", "failed", 100, "what it said " * 20) for i in range(10)]
+    stages = [Stage(f"stage {i}", "failed", 100, "what it said " * 20) for i in range(14)]
     gpu_results.append(tmp_path / "stages.csv", stages)
     gpu_results.append(tmp_path / "tests.csv", [OpTests(op, 10, 1, 0) for op in REGISTRY])
+    alone = [Ceiling(form, 128, 256, 2, 0, 144.0, 144.0, 0, 0.89, 0.89, 0.89) for form in ("SS", "RS")]
+    gpu_results.append(tmp_path / "ceilings.csv", alone)
+    power = Power("cublas", "", "short", 6, 1.4, 785.0, 1890, None, None, None, 0.77)
+    gpu_results.append(tmp_path / "power.csv", [power])
+    gpu_results.append(tmp_path / "power_log.csv", [PowerReading("cublas", 0.1, 1980, 300.0, 5.0, "0x0")])
     works = [work for make in gpu_shapes.WORKS.values() for work in make()]
     gpu_results.append(tmp_path / "layers.csv", [row for work in works for row in work_rows(work)])
     return tmp_path
@@ -351,6 +355,7 @@ def test_summary_of_a_whole_run_fits(whole_run: Path) -> None:
     assert "nm24_linear_i8 i8 squares" in text and "nm24_conv f16, batch 1 32 64" in text
     assert "3x3 256@14->256" in text and "3x3 128@56->128 /2" in text
     assert "2.00x nm24_linear 4096x4096->4096 bf16: large/1, not small/4" in text
+    assert "wgmma.sp RS, of the peak: 128x256 0.89" in lines and "power: cublas 785 at 1890 MHz" in lines
     assert "wrong: 7 of 9 elements are off" in text and lines[-1].startswith("torch cutlass: ")
 
 
@@ -382,10 +387,10 @@ def test_cell(mine: dict, text: str) -> None:
 
 
 def test_page_is_up_to_date() -> None:
+    for file, markers, table in gpu_table.pages():
+        page = file.read_text()
+        assert output.spliced(page, markers, table) == page, "python -m benchmarks.gpu_table --write"
     page = gpu_table.PAGE.read_text()
-    runs = [gpu_table.load(folder) for folder in gpu_results.kept_runs()]
-    written = output.spliced(page, "kernels", gpu_table.markdown(runs))
-    assert written == page, "python -m benchmarks.gpu_table --write"
     assert "<!-- mutants: begin -->" in page and "<!-- mutants: end -->" in page
 
 
@@ -415,6 +420,7 @@ def test_page_shows_what_ran() -> None:
     assert line.format("few16", "not measured") in text
     assert "| nm24_linear | few8 | NVIDIA A99 | `abc` |" in text and "old" not in text
     assert "| nm24_conv | large | never run on hardware | | | |" in text
+    assert "| nm24_linear | sm90_128x256 | NVIDIA A99 | `abc` | 9 passed, 1 failed | not measured |" in text
 
 
 def test_page_says_what_the_emulator_stands_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -435,6 +441,8 @@ def test_a_run_is_kept(whole_run: Path, tmp_path_factory: pytest.TempPathFactory
     loaded = gpu_table.load(kept)
     assert loaded.gpu == "NVIDIA H999" and loaded.tests["nm24_conv"].passed == 10
     assert loaded.rows == gpu_results.read(GpuRow, whole_run / "layers.csv")
+    for name in ("ceilings.csv", "power.csv", "power_log.csv"):
+        assert (kept / name).read_text() == (whole_run / name).read_text()
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from benchmarks import (  # noqa: E402
     gpu_shapes,
     gpu_table,
 )
-from benchmarks.gpu_results import GpuRow, OpTests, Stage  # noqa: E402
+from benchmarks.gpu_results import GpuRow, OpTests, Power, Stage  # noqa: E402
 
 TINY = gpu_shapes.tiny_works("nm24_linear")[0]
 CPU = torch.device("cpu")
@@ -34,15 +34,21 @@ SCRIPT = TREE / "benchmarks" / "gpu.sh"
 # Python in the place of Python: notes what it is asked, and passes on what needs no GPU.
 FAKE_PYTHON = """
 echo "$* | $TORCH_CUDA_ARCH_LIST" >>"$CALLS"
+capability=9.0
+[[ $SCENE != ampere ]] || capability=8.0
 case "$*" in
-  "-m benchmarks.gpu_machine --arch") echo 9.0a ;;
-  "-m benchmarks.gpu_machine "*) echo '{"machine": "made up"}' >"$OUT/environment.json"; echo "a GPU" ;;
+  "-m benchmarks.gpu_machine --arch") [[ $SCENE == ampere ]] && echo 8.0 || echo 9.0a ;;
+  "-m benchmarks.gpu_machine "*)
+    printf '{\n "machine": "made up",\n "capability": "%s"\n}\n' $capability >"$OUT/environment.json"
+    echo "a GPU" ;;
   setup.py*) [[ $SCENE != no_build ]] || { echo "nvcc died"; exit 1; } ;;
   "-m pytest "*)
     echo "tests/test_ops.py::test_cuda[nm24_conv-x] PASSED [ 50%]"
     [[ $SCENE != slow ]] || sleep 60
     [[ $SCENE != red ]] || { echo "tests/test_ops.py::test_cuda[nm24_conv-y] FAILED [99%]"; exit 1; } ;;
   "-m benchmarks.gpu_run "*) echo "rows of $3" ;;
+  "-m benchmarks.gpu_ceiling "*) echo "some cases" ;;
+  "-m benchmarks.gpu_power "*) echo "some watts" ;;
   "-m benchmarks.gpu_small_set "*) echo "small set" ;;
   *) exec "$REAL_PYTHON" "$@" ;;
 esac
@@ -63,6 +69,7 @@ def run_script(folder: Path, scene: str, **variables: str) -> tuple[int, dict[st
     program(
         folder,
         "bin/nvcc",
+        'echo "nvcc $*" >>"$CALLS"\n'
         "while [[ $1 != -o ]]; do shift; done; [[ $SCENE != no_nvcc ]] || exit 1\n"
         'printf "#!/bin/bash\\necho $SCENE \\$1; [[ $SCENE != no_record ]]\\n" >"$2"; chmod +x "$2"',
     )
@@ -89,8 +96,12 @@ STAGES = [
     "build",
     "tests",
     "conformance",
+    "ceiling",
+    "sweep",
+    "power",
     "nm24_linear",
     "nm24_linear_i8",
+    "nm24_linear_f8",
     "nm24_conv",
     "memcheck",
     "racecheck",
@@ -115,8 +126,11 @@ def test_script_runs_its_stages_in_order(tmp_path: Path) -> None:
     assert " -m cuda " in tests and " -v " in tests and "tests |" in tests
     assert stages["tests"].note == "1 passed, 0 failed, 0 skipped"
     assert gpu_results.read(OpTests, tmp_path / "out" / "tests.csv") == [OpTests("nm24_conv", 1, 0, 0)]
-    for op in gpu_shapes.WORKS:
-        (call,) = [call for call in calls if f"gpu_run {op} " in call]
+    (compiled,) = [call for call in calls if call.startswith("nvcc ")]
+    assert "-gencode arch=compute_90a,code=sm_90a" in compiled and "conformance.cu" in compiled
+    asked = [f"gpu_run {op} --out" for op in gpu_shapes.WORKS]
+    for what in (*asked, "gpu_ceiling --out", "gpu_run nm24_linear --sweep --out", "gpu_power --out"):
+        (call,) = [call for call in calls if f"{what} " in call]
         until = float(call.split("--until ")[1].split()[0])
         assert before < until < before + 540
     memcheck, racecheck = (call for call in calls if call.startswith("sanitizer"))
@@ -148,10 +162,24 @@ def test_script_without_a_recording(tmp_path: Path, scene: str) -> None:
 def test_script_without_a_build(tmp_path: Path) -> None:
     status, stages, calls, printed = run_script(tmp_path, "no_build")
     assert status == 1 and stages["build"].status == "failed" and "nvcc died" in printed
-    assert stages["conformance"].status == stages["summary"].status == "ok"  # they need no build of ours
-    others = set(STAGES[2:]) - {"conformance", "summary"}
+    alone = {"conformance", "ceiling", "summary"}  # they need no build of ours
+    assert {stages[name].status for name in alone} == {"ok"}
+    others = set(STAGES[2:]) - alone
     assert {stages[name].status for name in others} == {"not run"}
     assert not any("gpu_run" in call for call in calls)
+
+
+def test_script_on_another_gpu(tmp_path: Path) -> None:
+    """What is for compute capability 9.0 alone is not run elsewhere, and nobody is to blame."""
+    status, stages, calls, printed = run_script(tmp_path, "ampere")
+    assert status == 0, printed
+    skipped = {name: stage for name, stage in stages.items() if stage.status == "not run"}
+    assert list(skipped) == ["ceiling", "sweep", "power", "nm24_linear_f8"]
+    assert {(stage.seconds, stage.note) for stage in skipped.values()} == {(0, "not for this GPU")}
+    assert {stage.status for name, stage in stages.items() if name not in skipped} == {"ok"}
+    assert not any("--sweep" in call or "gpu_ceiling" in call or "gpu_power" in call for call in calls)
+    (compiled,) = [call for call in calls if call.startswith("nvcc ")]
+    assert "-gencode arch=compute_80,code=sm_80" in compiled
 
 
 def test_script_goes_on_after_a_red_test(tmp_path: Path) -> None:
@@ -163,8 +191,8 @@ def test_script_goes_on_after_a_red_test(tmp_path: Path) -> None:
 
 def test_script_cuts_what_does_not_fit(tmp_path: Path) -> None:
     start = time.time()
-    status, stages, _, _ = run_script(tmp_path, "slow", LIMIT="30")
-    assert time.time() - start < 30 and status == 1
+    status, stages, _, _ = run_script(tmp_path, "slow", LIMIT="40")
+    assert time.time() - start < 40 and status == 1
     assert stages["tests"].status == "cut" and stages["tests"].note == "1 passed, 0 failed, 0 skipped"
     assert stages["nm24_linear"].status == "ok"
     assert "not run" in {stage.status for stage in stages.values()}
@@ -194,6 +222,7 @@ def test_script_on_the_cpu(tmp_path: Path) -> None:
     assert answer.returncode == 0
     rows = gpu_results.read(GpuRow, tmp_path / "out" / "layers.csv")
     assert {row.op for row in rows} == set(gpu_shapes.WORKS)
+    assert gpu_results.read(Power, tmp_path / "out" / "power.csv")
     assert "stand-in for a GPU" in (tmp_path / "out" / "summary.txt").read_text()
     with pytest.raises(ValueError, match="run on a GPU"):
         gpu_table.keep(tmp_path / "out", tmp_path / "kept", tmp_path)

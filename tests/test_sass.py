@@ -1,30 +1,34 @@
-"""What nvcc made of the CUDA kernels, read off the objects of this tree's build: matrix instructions that
-skip the zeros, no spills, registers, and how wide the main loop reads.
+"""What nvcc made of the CUDA kernels, read off the objects of this tree's build and what it said meanwhile:
+matrix instructions that skip the zeros, no spills, registers, how wide the main loop reads, and for sm_90a
+that products run in the background.
 
-The main loop of a kernel is each innermost loop that holds matrix instructions. Loops are found by dominance:
-a branch to an instruction that every path to the branch passes closes a loop, whose body is what leads back
-to the branch without leaving through its head, wherever the compiler has put it.
+The main loop of a kernel is each innermost loop that holds matrix instructions.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import re
-import shutil
-import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 import pytest
+from sass import (
+    Instruction,
+    Kernel,
+    architectures,
+    is_product,
+    loops_of,
+    main_loops,
+    read_code,
+    read_kernels,
+    read_usage,
+)
 
 TREE = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(TREE / "build_backend"))
 
 import ninja_file  # noqa: E402
-import toolchain  # noqa: E402
 
 ARCHS = ("sm_80", "sm_90a")
 # Kernels that are matrix products, by what their names hold, and the instruction that their time goes into.
@@ -34,9 +38,27 @@ PRODUCTS = {
     "nm24_few_tokens_kernel": "HMMA.SP",
     "nm24_conv_kernel": "HMMA.SP",
     "nm24_grad_values_kernel": "HMMA",
+    "nm24_linear_sm90_kernelINS_8Sm90TileIa": "IGMMA.SP",
+    "nm24_linear_sm90_kernelINS_8Sm90TileI13__nv_fp8_e4m3": "QGMMA.SP",
+    "nm24_linear_sm90_kernel": "HGMMA.SP",
+    "nm24_conv_sm90_kernel": "HGMMA.SP",
 }
 LARGE_TILE = r"TileConfigI\w+?Li128ELi128E"
 MOST_REGISTERS = 168
+
+# Kernels with code for sm_90a alone: what else they must have somewhere, and what for.
+SM90 = "_sm90_kernel"
+SM90_NEEDS = {
+    "UTMALDG": "loads by the copy engine",
+    "UTMASTG": "stores by the copy engine",
+    "USETMAXREG.DEALLOC": "registers given back",
+    "USETMAXREG.TRY_ALLOC": "registers taken",
+}
+# In their main loops: a fence of the whole GPU, and what goes with an acquire of one.
+SLOW_FENCE = r"MEMBAR\.\w+\.(GPU|SYS)|CCTL\.IVALL"
+
+# What ptxas says, with exit status 0, when it ignores setmaxnreg or waits for every wgmma; and its warnings.
+LOSSES = r"\(C7\d\d\d\)|[Pp]otential [Pp]erformance [Ll]oss|ptxas.*\bwarning\b"
 
 # (kernel, load, reason): what may be narrower than 16 bytes a thread in a main loop.
 NARROW = (
@@ -53,140 +75,10 @@ NARROW = (
 )
 
 
-# ---- reading cuobjdump
-
-
-@dataclass(frozen=True)
-class Instruction:
-    address: int
-    predicated: bool
-    opcode: str
-    operands: str
-
-    @property
-    def head(self) -> str:
-        return self.opcode.partition(".")[0]
-
-    @property
-    def target(self) -> int | None:
-        """Where a branch goes, None for everything else."""
-        found = re.search(r"0x([0-9a-f]+)\s*$", self.operands) if self.head in ("BRA", "JMP") else None
-        return int(found[1], 16) if found else None
-
-
-@dataclass(frozen=True)
-class Kernel:
-    """A kernel of one architecture: its mangled name, what it takes, its instructions."""
-
-    name: str
-    registers: int
-    stack: int
-    local: int
-    code: tuple[Instruction, ...] = ()
-
-
-USAGE = re.compile(r"^ *Function (\S+):\n.*?REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", re.MULTILINE)
-LINE = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+ )?\s*([A-Z][\w.]*)\s*([^;]*);", re.MULTILINE)
-
-
-def read_usage(text: str) -> dict[str, Kernel]:
-    """The answer to ``--dump-resource-usage`` for one architecture."""
-    found = [Kernel(name, *map(int, numbers)) for name, *numbers in USAGE.findall(text)]
-    return {kernel.name: kernel for kernel in found}
-
-
-def read_code(text: str) -> dict[str, tuple[Instruction, ...]]:
-    """The answer to ``-sass`` for one architecture, by kernel."""
-    parts = re.split(r"^\s*Function : (\S+)$", text, flags=re.MULTILINE)
-    return {
-        name: tuple(
-            Instruction(int(address, 16), bool(predicate), opcode, operands.strip())
-            for address, predicate, opcode, operands in LINE.findall(body)
-        )
-        for name, body in zip(parts[1::2], parts[2::2], strict=True)
-    }
-
-
-# ---- loops
-
-
-def blocks_of(code: tuple[Instruction, ...]) -> tuple[list[range], list[list[int]]]:
-    """The basic blocks as ranges of instructions, and the blocks that each may go on to."""
-    index = {instruction.address: i for i, instruction in enumerate(code)}
-    leaders = {0}
-    for i, instruction in enumerate(code):
-        if instruction.target is not None and instruction.target in index:
-            leaders.add(index[instruction.target])
-        if instruction.head in ("BRA", "JMP", "EXIT", "RET", "BRX"):
-            leaders.add(i + 1)
-    starts = sorted(leaders - {len(code)})
-    blocks = [range(start, end) for start, end in zip(starts, [*starts[1:], len(code)], strict=True)]
-    number = {block.start: i for i, block in enumerate(blocks)}
-    follow: list[list[int]] = []
-    for i, block in enumerate(blocks):
-        last = code[block[-1]]
-        targets = [number[index[last.target]]] if last.target is not None and last.target in index else []
-        # `BRA P5, 0x..` is conditional without a predicate before it
-        conditional = last.predicated or "," in last.operands
-        falls = conditional or last.head not in ("BRA", "JMP", "EXIT", "RET", "BRX")
-        follow.append(targets + ([i + 1] if falls and i + 1 < len(blocks) else []))
-    return blocks, follow
-
-
-def loops_of(code: tuple[Instruction, ...]) -> list[list[Instruction]]:
-    """The instructions of every loop."""
-    blocks, follow = blocks_of(code)
-    reached, ahead = set(), [0]
-    before: list[list[int]] = [[] for _ in blocks]
-    while ahead:
-        if (block := ahead.pop()) not in reached:
-            reached.add(block)
-            ahead += follow[block]
-            for target in follow[block]:
-                before[target].append(block)
-    everything = (1 << len(blocks)) - 1
-    dominators = [1, *[everything] * (len(blocks) - 1)]  # bit b of entry a: every path to a passes b
-    changed = True
-    while changed:
-        changed = False
-        for block in reached - {0}:
-            common = everything
-            for predecessor in before[block]:
-                common &= dominators[predecessor]
-            common |= 1 << block
-            changed, dominators[block] = changed or common != dominators[block], common
-    bodies: dict[int, set[int]] = {}
-    for block in reached:
-        for head in follow[block]:
-            if dominators[block] >> head & 1:
-                body = bodies.setdefault(head, {head})
-                grow = [block]
-                while grow:
-                    if (member := grow.pop()) not in body:
-                        body.add(member)
-                        grow += before[member]
-    return [[code[i] for block in sorted(body) for i in blocks[block]] for body in bodies.values()]
-
-
-def is_product(instruction: Instruction) -> bool:
-    return instruction.head in ("HMMA", "IMMA")
-
-
-def main_loops(code: tuple[Instruction, ...]) -> list[list[Instruction]]:
-    """The innermost loops with matrix instructions."""
-    holding = [loop for loop in loops_of(code) if any(map(is_product, loop))]
-    addresses = [{instruction.address for instruction in loop} for loop in holding]
-    return [
-        loop
-        for loop, own in zip(holding, addresses, strict=True)
-        if not any(other < own for other in addresses)
-    ]
-
-
 # ---- the rules
 
 
-def faults(kernel: Kernel) -> Iterator[str]:
+def faults(kernel: Kernel, arch: str) -> Iterator[str]:
     """What is wrong with a kernel, a sentence each."""
     if kernel.stack or kernel.local:
         yield f"{kernel.stack} bytes of stack and {kernel.local} of local memory"
@@ -195,7 +87,7 @@ def faults(kernel: Kernel) -> Iterator[str]:
     for instruction in kernel.code:
         if instruction.head in ("LDL", "STL"):
             yield f"{instruction.opcode} at {instruction.address:#x}"
-    wanted = next((product for name, product in PRODUCTS.items() if name in kernel.name), None)
+    wanted = product_of(kernel, arch)
     if wanted is None:
         return
     loops = main_loops(kernel.code)
@@ -210,6 +102,34 @@ def faults(kernel: Kernel) -> Iterator[str]:
         for instruction in loop:
             if is_narrow_load(instruction) and not excuses(kernel, instruction):
                 yield f"{instruction.opcode} at {instruction.address:#x} in the main loop"
+        if SM90 in kernel.name:
+            yield from waits(loop)
+    if SM90 in kernel.name:
+        opcodes = {instruction.opcode for instruction in kernel.code}
+        for needed, use in SM90_NEEDS.items():
+            if not any(opcode.startswith(needed) for opcode in opcodes):
+                yield f"no {needed}: {use}"
+
+
+def product_of(kernel: Kernel, arch: str) -> str | None:
+    """The instruction that a kernel's main loop must be made of, None where no rule asks for one."""
+    if SM90 in kernel.name and arch != "sm_90a":
+        return None  # an empty body
+    return next((product for name, product in PRODUCTS.items() if name in kernel.name), None)
+
+
+def waits(loop: list[Instruction]) -> Iterator[str]:
+    """What keeps a main loop of wgmma from running in the background."""
+    sums = set[int]().union(*(i.sums for i in loop))
+    products = sum(is_product(i) for i in loop)
+    depbars = sum(i.opcode.startswith("WARPGROUP.DEPBAR") for i in loop)
+    if 2 * depbars > products:
+        yield f"{depbars} waits for {products} products in the main loop"
+    for instruction in loop:
+        if re.match(SLOW_FENCE, instruction.opcode):
+            yield f"{instruction.opcode} at {instruction.address:#x} in the main loop"
+        elif not is_product(instruction) and instruction.registers & sums:
+            yield f"{instruction.opcode} at {instruction.address:#x} takes part in the sums of the main loop"
 
 
 def is_narrow_load(instruction: Instruction) -> bool:
@@ -226,6 +146,11 @@ def excuses(kernel: Kernel, instruction: Instruction) -> list[tuple[str, str, st
     ]
 
 
+def losses(log: str) -> list[str]:
+    """The lines of what nvcc said that mean a slow kernel, or that ptxas was not sure of something."""
+    return [line for line in log.splitlines() if re.search(LOSSES, line)]
+
+
 # ---- this tree's build
 
 
@@ -238,52 +163,28 @@ def cuda_objects() -> list[Path]:
     return [folder / name for name in re.findall(r"^build (obj/\S+): nvcc ", plan.read_text(), re.MULTILINE)]
 
 
-@cache
-def cuobjdump() -> tuple[str, str]:
-    """The toolkit's cuobjdump, else the one of NVIDIA's wheel, and the folder of its nvdisasm."""
-    candidates = []
-    if nvcc := toolchain.find_nvcc():
-        candidates.append(nvcc.root() / "bin")
-    if found := shutil.which("cuobjdump"):
-        candidates.append(Path(found).parent)
-    if spec := importlib.util.find_spec("nvidia"):
-        for folder in spec.submodule_search_locations or []:
-            candidates += [path / "bin" for path in sorted(Path(folder).glob("cu[0-9]*"), reverse=True)]
-    for folder in candidates:
-        if (folder / "cuobjdump").exists() and (folder / "nvdisasm").exists():
-            return str(folder / "cuobjdump"), str(folder)
-    raise AssertionError("neither CUDA's toolkit nor a wheel has cuobjdump: pip install -e '.[test]'")
-
-
-def dump(file: Path, *options: str) -> str:
-    program, folder = cuobjdump()
-    command = [program, *options, str(file)]
-    answer = subprocess.run(command, capture_output=True, text=True, env={"PATH": f"{folder}:/usr/bin:/bin"})
-    assert answer.returncode == 0, f"{' '.join(command)}: {answer.stderr}"
-    return answer.stdout
-
-
-@cache
-def read_kernels(file: Path, arch: str) -> list[Kernel]:
-    usage = read_usage(dump(file, "--dump-resource-usage", "-arch", arch))
-    code = read_code(dump(file, "-sass", "-arch", arch))
-    assert usage.keys() == code.keys()
-    return [Kernel(k.name, k.registers, k.stack, k.local, code[k.name]) for k in usage.values()]
-
-
 OBJECTS = cuda_objects()
 without_cuda = pytest.mark.skipif(not OBJECTS, reason="this tree was built without CUDA kernels")
+every_object = pytest.mark.parametrize("file", OBJECTS, ids=lambda file: file.name.partition(".")[0])
+
+
+@without_cuda
+@every_object
+def test_nvcc_had_nothing_to_say(file: Path) -> None:
+    log = file.with_name(f"{file.name}.log")
+    assert log.exists(), f"{file.name} lies there without what nvcc said: build again"
+    assert losses(log.read_text()) == []
 
 
 @without_cuda
 @pytest.mark.parametrize("arch", ARCHS)
-@pytest.mark.parametrize("file", OBJECTS, ids=lambda file: file.name.partition(".")[0])
+@every_object
 def test_kernels(file: Path, arch: str) -> None:
-    if arch not in dump(file, "-lelf"):
+    if arch not in architectures(file):
         pytest.skip(f"this tree was built without machine code for {arch}")
     kernels = read_kernels(file, arch)
     assert kernels or not re.search(r"__global__", _source_of(file)), f"no kernel in {file.name}"
-    wrong = [f"{kernel.name}: {fault}" for kernel in kernels for fault in faults(kernel)]
+    wrong = [f"{kernel.name}: {fault}" for kernel in kernels for fault in faults(kernel, arch)]
     assert not wrong, "\n".join(wrong)
 
 
@@ -296,16 +197,17 @@ def _source_of(file: Path) -> str:
 @without_cuda
 def test_no_rule_and_no_excuse_is_idle() -> None:
     """A kernel that was renamed must not slip out of the rules for its kind."""
-    archs = [arch for arch in ARCHS if arch in dump(OBJECTS[0], "-lelf")]
-    if not archs:
+    built = {file: [arch for arch in ARCHS if arch in architectures(file)] for file in OBJECTS}
+    if not all(built.values()):
         pytest.skip(f"this tree was built without machine code for {' and '.join(ARCHS)}")
-    kernels = [kernel for file in OBJECTS for kernel in read_kernels(file, archs[0])]
-    names = [kernel.name for kernel in kernels]
+    kernels = [(kernel, archs[0]) for file, archs in built.items() for kernel in read_kernels(file, archs[0])]
+    names = [kernel.name for kernel, _ in kernels]
     assert [product for product in PRODUCTS if not any(product in name for name in names)] == []
     assert any(re.search(LARGE_TILE, name) for name in names)
     used = {
         excuse
-        for kernel in kernels
+        for kernel, arch in kernels
+        if product_of(kernel, arch)
         for loop in main_loops(kernel.code)
         for instruction in filter(is_narrow_load, loop)
         for excuse in excuses(kernel, instruction)
@@ -354,8 +256,8 @@ def kernel(
 
 
 def test_a_good_kernel_has_no_fault() -> None:
-    assert list(faults(kernel())) == []
-    assert list(faults(kernel(INT8, product="IMMA.SP.16864.S8.S8"))) == []
+    assert list(faults(kernel(), "sm_80")) == []
+    assert list(faults(kernel(INT8, product="IMMA.SP.16864.S8.S8"), "sm_80")) == []
 
 
 @pytest.mark.parametrize(
@@ -384,20 +286,22 @@ def test_a_good_kernel_has_no_fault() -> None:
     ids=str,
 )
 def test_a_fault_is_seen(wrong: dict, fault: str) -> None:
-    assert list(faults(kernel(**wrong))) == [fault]
+    assert list(faults(kernel(**wrong), "sm_80")) == [fault]
 
 
 def test_other_kernels_need_no_sparse_product_and_no_limit_of_registers() -> None:
     plain = "_ZN9sparseops20nm24_to_dense_kernelILi2EEEvPKv"
-    assert list(faults(kernel(plain, product="IMAD", registers=255, extra="LDG.E R2, [R2.64]"))) == []
+    assert (
+        list(faults(kernel(plain, product="IMAD", registers=255, extra="LDG.E R2, [R2.64]"), "sm_80")) == []
+    )
 
 
 def test_a_load_that_is_excused(monkeypatch: pytest.MonkeyPatch) -> None:
     narrow = kernel(extra="LDGSTS.E.64 [R9], [R6.64]")
-    assert len(list(faults(narrow))) == 1
+    assert len(list(faults(narrow, "sm_80"))) == 1
     monkeypatch.setattr(sys.modules[__name__], "NARROW", (("nm24_linear", r"LDGSTS\.E\.64", "a reason"),))
-    assert list(faults(narrow)) == []
-    assert len(list(faults(kernel(extra="LDG.E R2, [R2.64]")))) == 1
+    assert list(faults(narrow, "sm_80")) == []
+    assert len(list(faults(kernel(extra="LDG.E R2, [R2.64]"), "sm_80"))) == 1
 
 
 def test_the_innermost_loop_is_the_main_loop() -> None:
@@ -421,8 +325,117 @@ def test_the_innermost_loop_is_the_main_loop() -> None:
 def test_code_out_of_line_belongs_to_the_loop_that_it_returns_to() -> None:
     """Compilers move the unlikely part of a loop behind the kernel's end."""
     moved = {"extra": "@P3 BRA 0x00a0", "cold": "LDG.E R2, [R2.64]"}
-    assert list(faults(kernel(**moved))) == ["LDG.E at 0xa0 in the main loop"]
-    assert list(faults(kernel(cold="LDG.E R2, [R2.64]"))) == []  # nothing leads there
+    assert list(faults(kernel(**moved), "sm_80")) == ["LDG.E at 0xa0 in the main loop"]
+    assert list(faults(kernel(cold="LDG.E R2, [R2.64]"), "sm_80")) == []  # nothing leads there
+
+
+# ---- those for sm_90a
+
+SM90_NAME = "_ZN9sparseops23nm24_linear_sm90_kernelINS_8Sm90TileI6__halfLi128ELi256ELi2ELi3ELb0EEEEEv"
+SM90_INT8 = SM90_NAME.replace("6__half", "a")
+HGMMA = "HGMMA.SP.64x256x32.F32"
+SM90_LINES = {
+    0x10: "USETMAXREG.DEALLOC.CTAPOOL 0x28",
+    0x20: "UTMALDG.2D [UR16], [UR20], desc[UR22]",
+    0x30: "MEMBAR.ALL.GPU",
+    0x40: "USETMAXREG.TRY_ALLOC.CTAPOOL UP0, 0xe8",
+    0x50: "LDS.128 R156, [R10+0x30000]",  # the main loop begins
+    0x60: "SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [UR41+0x31800], R8",
+    0x70: "@!P0 BRA 0x0060",
+    0x80: "WARPGROUP.ARRIVE",
+    0x90: f"{HGMMA} R24, gdesc[UR20], R24, UP0, R156, 0x0",
+    0xA0: f"{HGMMA} R24, gdesc[UR20], R24, R157, 0x0, gsb0",
+    0xB0: "WARPGROUP.DEPBAR.LE gsb0, 0x1",
+    0xC0: "@!P0 SYNCS.ARRIVE.TRANS64.RED.A1T0 RZ, [R9+URZ], RZ",
+    0xD0: "IADD3 R0, R0, 0x1, RZ",
+    0xE0: "@P1 BRA 0x0050",
+    0xF0: "FADD R24, R24, R2",
+    0x100: "UTMASTG.2D [UR20], [UR24]",
+    0x110: "EXIT",
+}
+
+
+def sm90_kernel(name: str = SM90_NAME, **changes: str) -> Kernel:
+    """The kernel of SM90_LINES, with other instructions at some addresses: ``_d0="MOV R1, R2"``."""
+    lines = SM90_LINES | {int(address.strip("_"), 16): line for address, line in changes.items()}
+    text = "\n".join(f"        /*{address:04x}*/   {line} ;" for address, line in lines.items())
+    return Kernel(name, 168, 0, 0, read_code(f"\t\tFunction : {name}\n{text}\n")[name])
+
+
+SM90_FP8 = SM90_NAME.replace("6__half", "13__nv_fp8_e4m3")
+
+
+def products(opcode: str) -> dict[str, str]:
+    """Other products in the places of the two."""
+    return {place: SM90_LINES[int(place[1:], 16)].replace(HGMMA, opcode) for place in ("_90", "_a0")}
+
+
+def test_a_good_kernel_of_sm_90a_has_no_fault() -> None:
+    assert list(faults(sm90_kernel(), "sm_90a")) == []
+    assert list(faults(sm90_kernel(SM90_INT8, **products("IGMMA.SP.64x256x64.S8.S8")), "sm_90a")) == []
+    assert list(faults(sm90_kernel(SM90_FP8, **products("QGMMA.SP.64x256x64.F32.E4M3.E4M3")), "sm_90a")) == []
+    empty = Kernel(SM90_NAME, 8, 0, 0, (Instruction(0, False, "EXIT", ""),))
+    assert list(faults(empty, "sm_80")) == []
+    assert "no loop with a matrix instruction" in list(faults(empty, "sm_90a"))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "fault"),
+    [
+        ({"_10": "NOP"}, "no USETMAXREG.DEALLOC: registers given back"),
+        ({"_40": "NOP"}, "no USETMAXREG.TRY_ALLOC: registers taken"),
+        ({"_20": "UBLKCP.S.G [UR16], [UR20], UR22"}, "no UTMALDG: loads by the copy engine"),
+        ({"_100": "NOP"}, "no UTMASTG: stores by the copy engine"),
+        ({"_f0": "LDL R24, [R1]"}, "LDL at 0xf0"),
+        ({"_d0": "MEMBAR.ALL.GPU"}, "MEMBAR.ALL.GPU at 0xd0 in the main loop"),
+        ({"_d0": "MEMBAR.SC.SYS"}, "MEMBAR.SC.SYS at 0xd0 in the main loop"),
+        ({"_d0": "CCTL.IVALL"}, "CCTL.IVALL at 0xd0 in the main loop"),
+        ({"_d0": "MOV R24, R4"}, "MOV at 0xd0 takes part in the sums of the main loop"),
+        ({"_d0": "MOV R2, R151"}, "MOV at 0xd0 takes part in the sums of the main loop"),
+        ({"_d0": "@P3 STS.128 [R2], R22"}, "STS.128 at 0xd0 takes part in the sums of the main loop"),
+        ({"_d0": "LDS.64 R23, [R2]"}, "LDS.64 at 0xd0 takes part in the sums of the main loop"),
+        ({"_d0": "WARPGROUP.DEPBAR.LE gsb0, 0x0"}, "2 waits for 2 products in the main loop"),
+        ({"_d0": "LDG.E R2, desc[UR4][R2.64]"}, "LDG.E at 0xd0 in the main loop"),
+        (
+            {"_90": "HGMMA.64x256x16.F32 R24, gdesc[UR20], R24, UP0"},
+            "HGMMA.64x256x16.F32 in the main loop where HGMMA.SP is wanted",
+        ),
+        (
+            {"name": SM90_INT8},
+            "HGMMA.SP.64x256x32.F32 in the main loop where IGMMA.SP is wanted",
+        ),
+    ],
+    ids=str,
+)
+def test_a_fault_of_sm_90a_is_seen(wrong: dict, fault: str) -> None:
+    assert list(faults(sm90_kernel(**wrong), "sm_90a")) == [fault]
+
+
+def test_what_is_allowed_in_a_main_loop_of_sm_90a() -> None:
+    """Other registers, addresses beside the sums, a fence of the block."""
+    for line in ("MOV R152, R23", "LDS.128 R152, [R23]", "ULEA UR24, UR25, UR26, 0x3", "MEMBAR.ALL.CTA"):
+        assert list(faults(sm90_kernel(_d0=line), "sm_90a")) == []
+
+
+# ---- reading
+
+
+@pytest.mark.parametrize(
+    ("line", "lost"),
+    [
+        ("ptxas info    : (C7508) Potential Performance Loss: 'setmaxnreg' ignored", True),
+        ("ptxas info    : (C7510) Potential Performance Loss: wgmma.mma_async serialized", True),
+        ("ptxas info    : (C7512) Potential Performance Loss: wgmma.mma_async serialized", True),
+        ("ptxas info    : (C7515) Potential Performance Loss: wgmma.mma_async serialized", True),
+        ("ptxas info    : (C7517) warpgroup.wait is injected in around line 230 by compiler", True),
+        ("ptxas /tmp/a.ptx, line 9; warning : Instruction 'mma.sp' without '::ordered_metadata'", True),
+        ("ptxas warning : Value of threads per SM for entry x is out of range", True),
+        ("ptxas info    : Used 168 registers, used 1 barriers, 520 bytes cmem[0]", False),
+        ("a.cu(3): warning #177-D: variable was declared but never referenced", False),
+    ],
+)
+def test_losses_are_read_off_what_nvcc_says(line: str, lost: bool) -> None:
+    assert losses(f"a.cu\n{line}\n") == ([line] if lost else [])
 
 
 def test_usage_is_read() -> None:
