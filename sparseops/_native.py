@@ -14,12 +14,13 @@ from sparseops import env
 
 
 class Config(NamedTuple):
-    """What the environment asks for: fast path on or off, how products on a GPU run, and whether their
-    kernels run on the CPU. ``error``: one sentence on a bad variable, and then the defaults hold."""
+    """What the environment asks for: fast path on or off, how products on a GPU run, and if their kernels run
+    on the CPU the compute capability that it stands for. ``error``: one sentence on a bad variable, and then
+    the defaults hold."""
 
     fast_path: bool = True
     impl: str = "auto"
-    emulate: bool = False
+    emulate: env.Capability | None = None
     error: str | None = None
 
 
@@ -31,7 +32,7 @@ def _read() -> Config:
         return Config(fast_path=False, error=str(exc))
 
 
-def _load(emulate: bool) -> tuple[ModuleType | None, str | None]:
+def _load(emulate: env.Capability | None) -> tuple[ModuleType | None, str | None]:
     """The built module and None, or None and one sentence that says why it cannot be used."""
     package = Path(__file__).resolve().parent
     name = "sparseops._C_emulated" if emulate else "sparseops._C"
@@ -49,6 +50,8 @@ def _load(emulate: bool) -> tuple[ModuleType | None, str | None]:
                 "run `pip install -e .` there, or run Python from another directory"
             )
         return None, f"the installation at {package} has no built module: reinstall sparseops"
+    if emulate:
+        env.tell_emulator(emulate)
     try:
         return importlib.import_module(name), None
     except ImportError as exc:

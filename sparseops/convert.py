@@ -184,6 +184,8 @@ def _make(layer: Layer, prune: str | None, format: str) -> tuple[SparseModule, R
     if hooks:
         words.append(f"{hooks} hook{'s' if hooks > 1 else ''} carried over")
     words += layer.notes
+    if sparse.kernel_note is not None:
+        words.append(sparse.kernel_note)
     hint = _flat_hint(layer.module.weight, format) if pruned else ""
     return sparse, Row(
         name=layer.name,

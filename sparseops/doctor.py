@@ -199,6 +199,7 @@ def _cuda() -> dict[str, Any]:
         build = _native.C.build_info()
         facts["sparseops built with CUDA"] = "yes" if build["cuda"] else "no"
         facts["architectures built"] = build["cuda_archs"] or "none"
+        facts["kernels for sm_90a built"] = "yes" if cuda.has_sm90(build["cuda_archs"]) else "no"
         probe = _native.C.cuda_probe()
         facts["driver"] = _cuda_version(probe["driver"])
         facts["runtime"] = _cuda_version(probe["runtime"])
@@ -211,6 +212,9 @@ def _cuda() -> dict[str, Any]:
             facts[f"device {index}"] = (
                 f"{torch.cuda.get_device_name(index)}, compute capability {major}.{minor}"
             )
+            if _native.C is not None and cuda.gpu_reason(index) is None:
+                reason = cuda.no_sm90_reason(torch.device("cuda", index))
+                facts[f"device {index} runs wgmma.sp"] = "yes" if reason is None else f"no: {reason}"
     return facts
 
 

@@ -2,11 +2,33 @@
 
 import os
 
+Capability = tuple[int, int]
+
 CPU_ISAS = ("portable", "avx2", "avx512", "avx512_bf16")
 """The instruction sets the CPU kernels are written for, from the lowest to the highest."""
 
-IMPLS = ("auto", "few8", "few16", "small", "large", "dense")
+IMPLS = (
+    "auto",
+    "few8",
+    "few16",
+    "small",
+    "large",
+    "sm90_128x8",
+    "sm90_128x16",
+    "sm90_128x32",
+    "sm90_128x64",
+    "sm90_128x128",
+    "sm90_128x256",
+    "sm90_256x128",
+    "sm90_192x192",
+    "sm90_rs_128x256",
+    "sm90_rs_256x128",
+    "dense",
+)
 """What ``SPARSEOPS_IMPL`` may name: the tiles of the CUDA kernels, the dense expansion, or the rule."""
+
+EMULATED: dict[str, Capability | None] = {"0": None, "1": (8, 0), "8.0": (8, 0), "9.0": (9, 0)}
+"""What ``SPARSEOPS_EMULATE`` may be, and the compute capability that it stands for."""
 
 
 def cpu_isa() -> str | None:
@@ -32,7 +54,10 @@ def fast_path() -> bool:
     Raises:
         ValueError: the value is neither 0 nor 1.
     """
-    return _switch("SPARSEOPS_FAST_PATH", "1")
+    value = os.environ.get("SPARSEOPS_FAST_PATH") or "1"
+    if value not in ("0", "1"):
+        raise ValueError(f"SPARSEOPS_FAST_PATH must be 0 or 1, got {value!r}")
+    return value == "1"
 
 
 def impl() -> str:
@@ -47,17 +72,19 @@ def impl() -> str:
     return value
 
 
-def emulate() -> bool:
-    """``SPARSEOPS_EMULATE``: 1 runs the CUDA kernels on the CPU, for tests; 0 is the default.
+def emulate() -> Capability | None:
+    """``SPARSEOPS_EMULATE``: the compute capability of the GPU that the CPU stands for, for tests; ``None``,
+    the default, for none. 1 is 8.0.
 
     Raises:
-        ValueError: the value is neither 0 nor 1.
+        ValueError: the value is none of ``EMULATED``.
     """
-    return _switch("SPARSEOPS_EMULATE", "0")
+    value = os.environ.get("SPARSEOPS_EMULATE") or "0"
+    if value not in EMULATED:
+        raise ValueError(f"SPARSEOPS_EMULATE must be one of {', '.join(EMULATED)}, got {value!r}")
+    return EMULATED[value]
 
 
-def _switch(name: str, default: str) -> bool:
-    value = os.environ.get(name) or default
-    if value not in ("0", "1"):
-        raise ValueError(f"{name} must be 0 or 1, got {value!r}")
-    return value == "1"
+def tell_emulator(capability: Capability) -> None:
+    """Let the emulated CUDA runtime, which reads the environment itself, be that of such a GPU."""
+    os.environ["EMU_CAPABILITY"] = "{}.{}".format(*capability)

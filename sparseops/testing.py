@@ -17,6 +17,7 @@ from torch import Tensor
 from sparseops.ops.registry import Op
 
 _ACCUMULATED_ULPS = 4
+_F8_SUM_EPS = 2.0**-13  # the 14 bits that nm24_linear_f8 tells of
 _MOST_UNITS = 32
 
 
@@ -31,12 +32,14 @@ class Expected:
             residual its size too, since torch adds it to a rounded product; of a gradient the sum of the
             sizes of its terms, since torch rounds 16-bit gradients on the way.
         summed: the size of what is summed up in the accumulator: the sum of the sizes of the terms.
+        sum_eps: the accumulator's eps, by default that of float32, and of float64 for float64.
     """
 
     exact: Tensor
     plain: Tensor
     rounded: Tensor
     summed: Tensor
+    sum_eps: float | None = None
 
 
 def expect(op: Op, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Expected:
@@ -47,7 +50,8 @@ def expect(op: Op, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Expected:
     named = dict(zip(signature(op.fn).parameters, args, strict=False))
     if (residual := named.get("residual")) is not None:
         rounded = rounded + residual.double().abs()
-    return Expected(exact, plain, rounded, _summed(op, args, kwargs))
+    sum_eps = _F8_SUM_EPS if op.dtype is torch.float8_e4m3fn else None
+    return Expected(exact, plain, rounded, _summed(op, args, kwargs), sum_eps)
 
 
 def expect_grads(
@@ -116,9 +120,9 @@ def assert_close(actual: Tensor, expected: Expected) -> None:
     """Fail unless every element of ``actual`` is as close to the exact result as plain torch is, times two.
 
     The unit of an element is one rounding to the dtype, ``eps(dtype) * rounded``, plus a few in the
-    accumulator, ``4 * eps * summed`` with the eps of float32 (of float64 for float64), in which 16-bit
-    kernels have to sum. Every element is allowed twice the units of plain torch's worst element, and at least
-    one. Where the exact result is NaN or rounds to infinity, ``actual`` must say the same.
+    accumulator, ``4 * sum_eps * summed``: 16-bit kernels have to sum in float32. Every element is allowed
+    twice the units of plain torch's worst element, and at least one. Where the exact result is NaN or rounds
+    to infinity, ``actual`` must say the same.
 
     Raises:
         AssertionError: an element is off; the text says how many, which is the worst, and where they lie.
@@ -133,10 +137,10 @@ def assert_close(actual: Tensor, expected: Expected) -> None:
     if not exact.numel():
         return
     info = torch.finfo(plain.dtype)
-    accumulator = torch.finfo(torch.promote_types(plain.dtype, torch.float32))
+    sum_eps = expected.sum_eps or torch.finfo(torch.promote_types(plain.dtype, torch.float32)).eps
     unit = (
         info.eps * expected.rounded
-        + _ACCUMULATED_ULPS * accumulator.eps * expected.summed
+        + _ACCUMULATED_ULPS * sum_eps * expected.summed
         + info.smallest_normal * info.eps
     )
     nearest = exact.to(plain.dtype)

@@ -10,7 +10,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparseops import _native, env
-from sparseops.ops import REGISTRY
+from sparseops.ops import REGISTRY, cuda, dispatch
+from sparseops.ops.common import make_bias, make_weight
+from sparseops.ops.dispatch import Tile
 from sparseops.testing import assert_close, expect
 
 # no example database and no clock: every run tries the same examples
@@ -21,6 +23,8 @@ hypothesis.settings.load_profile("sparseops")
 GPU = "cuda" if torch.cuda.is_available() else "cpu" if _native.emulated else None
 # the kind of device whose kernels tensors on the CPU are served by
 DEVICE = "cuda" if _native.emulated else "cpu"
+# whether that GPU takes the kernels for sm_90a
+RUNS_SM90 = GPU is not None and cuda.no_sm90_reason(torch.device(GPU)) is None
 # a dtype that they take
 KERNEL_DTYPE = torch.float16 if _native.emulated else torch.float32
 ISAS = [isa for isa in env.CPU_ISAS if _native.C is not None and _native.C.cpu_supports(isa)]
@@ -52,14 +56,40 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     module.cpu_use_isa(before)
 
 
+# the tiles of csrc/cuda, as the built module lists them
+TILES = {
+    name: Tile(code, name, *sizes)
+    for code, (name, *sizes) in enumerate(
+        [
+            ("few8", 32, 8, 128, 1, 80),
+            ("few16", 32, 16, 128, 1, 80),
+            ("small", 64, 64, 64, 1, 80),
+            ("large", 128, 128, 64, 1, 80),
+            ("sm90_128x8", 128, 8, 128, 2, 90),
+            ("sm90_128x16", 128, 16, 128, 2, 90),
+            ("sm90_128x32", 128, 32, 128, 2, 90),
+            ("sm90_128x64", 128, 64, 128, 2, 90),
+            ("sm90_128x128", 128, 128, 128, 2, 90),
+            ("sm90_128x256", 128, 256, 128, 2, 90),
+            ("sm90_256x128", 256, 128, 128, 2, 90),
+            ("sm90_192x192", 192, 192, 128, 3, 90),
+            ("sm90_rs_128x256", 128, 256, 128, 2, 90),
+            ("sm90_rs_256x128", 256, 128, 128, 2, 90),
+        ]
+    )
+}
+
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 CASES = [pytest.param(op, case, id=f"{op.name}-{case.name}") for op in REGISTRY.values() for case in op.cases]
 SMOOTH_CASES = [case for case in CASES if case.values[0].differentiable]
 LAYERS = [REGISTRY["nm24_linear"], REGISTRY["nm24_conv"]]
+LINEAR, CONV, INT8, F8 = PRODUCTS = [*LAYERS, REGISTRY["nm24_linear_i8"], REGISTRY["nm24_linear_f8"]]
+HALVES = {"bf16": torch.bfloat16, "f16": torch.float16}
 
 every_case = pytest.mark.parametrize(("op", "case"), CASES)
 every_smooth_case = pytest.mark.parametrize(("op", "case"), SMOOTH_CASES)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+every_half = pytest.mark.parametrize("dtype", HALVES.values(), ids=HALVES)
 every_layer = pytest.mark.parametrize("op", LAYERS, ids=lambda op: op.name)
 
 
@@ -137,6 +167,60 @@ class Native:
     def taken(self):
         calls, self.calls = self.calls, []
         return calls
+
+
+def host(y):
+    return tuple(map(host, y)) if isinstance(y, tuple) else y.detach().cpu()
+
+
+def assert_gpu_result(op, y, args, kwargs):
+    """``y``, from a GPU, is what the op gives for ``args``, which lie on the CPU."""
+    if isinstance(y, tuple):
+        for got, expected in zip(host(y), op.reference(*args, **kwargs), strict=True):
+            assert torch.equal(got.view(torch.uint8), expected.view(torch.uint8))
+    else:
+        assert_close(host(y), expect(op, args, kwargs))
+
+
+def call_on_gpu(op, args, kwargs):
+    return op.fn(*(moved(arg, GPU) for arg in args), **kwargs)
+
+
+def cut(monkeypatch, tile, splits, cluster=1, blocks=None):
+    """Let every product be cut like this; returns the plans that were made."""
+    plans = []
+
+    def plan(op, product, multiprocessors, allowed):
+        assert tile in allowed
+        shape = dispatch.built_tiles()[tile]
+        rows = -(-product.rows // product.groups // shape.features)
+        tiles = rows * product.groups * -(-product.tokens // shape.tokens)
+        plans.append(dispatch.Plan(shape, splits, tiles, cluster))
+        return plans[-1]
+
+    monkeypatch.setattr(dispatch, "plan", plan)
+    if blocks is not None:
+        monkeypatch.setattr(cuda, "multiprocessors", lambda device: blocks)
+    return plans
+
+
+def linear_inputs(rows, tokens, dtype):
+    """Arguments with a bias and a residual, of 700 features."""
+    generator = torch.Generator().manual_seed(tokens)
+    weight = make_weight((rows, 700), dtype, generator)
+    x = torch.randn((tokens, 700), generator=generator).to(dtype)
+    residual = torch.randn((tokens, rows), generator=generator).to(dtype)
+    return x, weight.values, weight.meta, make_bias(rows, dtype, generator), residual
+
+
+def byte_inputs(rows, tokens, dtype, out_dtype):
+    """The same of a product of 8-bit elements, without a residual."""
+    generator = torch.Generator().manual_seed(tokens)
+    weight = make_weight((rows, 700), torch.float32, generator)
+    values = (weight.values * 1000).clamp(-128, 127).to(dtype)
+    x = torch.randint(-128, 128, (tokens, 700), generator=generator).to(dtype)
+    scales = [torch.rand(n, generator=generator) / 100 for n in (tokens, rows)]
+    return x, values, weight.meta, *scales, make_bias(rows, out_dtype, generator)
 
 
 class Dispatched(TorchDispatchMode):

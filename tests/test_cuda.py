@@ -7,7 +7,7 @@ import torch
 from conftest import LAYERS, case_of, moved
 
 import sparseops
-from sparseops.ops import REGISTRY, derived
+from sparseops.ops import REGISTRY, cuda, derived
 from sparseops.testing import assert_close, expect
 
 pytestmark = [
@@ -168,4 +168,5 @@ def test_compiled_to_graphs():
 def test_doctor_finds_every_kernel():
     found = {kernel.op: kernel for kernel in sparseops.doctor().kernels if kernel.device == "cuda"}
     assert found.keys() == REGISTRY.keys()
-    assert all(kernel.on for kernel in found.values()), found
+    off = {"nm24_linear_f8"} if cuda.no_sm90_reason(torch.device("cuda", 0)) else set()
+    assert {op for op, kernel in found.items() if not kernel.on} == off, found

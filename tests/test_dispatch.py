@@ -4,19 +4,14 @@ from math import ceil
 
 import pytest
 import torch
+from conftest import TILES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparseops import _native, env
 from sparseops.ops import cuda, dispatch
-from sparseops.ops.dispatch import MATRIX_TILES, WIDE_TILES, Plan, Product, Tile
+from sparseops.ops.dispatch import MATRIX_TILES, MMA_TILES, WIDE_TILES, Plan, Product
 
-TILES = {
-    "few8": Tile(0, "few8", 32, 8, 128),
-    "few16": Tile(1, "few16", 32, 16, 128),
-    "small": Tile(2, "small", 64, 64, 64),
-    "large": Tile(3, "large", 128, 128, 64),
-}
 A100, H100 = 108, 132
 
 
@@ -40,8 +35,8 @@ products = st.builds(
 @given(
     products,
     st.integers(1, 200),
-    st.sampled_from([MATRIX_TILES, WIDE_TILES, ("small",)]),
-    st.sampled_from(["auto", *MATRIX_TILES]),
+    st.sampled_from([MMA_TILES, WIDE_TILES, ("small",)]),
+    st.sampled_from(["auto", *MMA_TILES]),
 )
 @settings(max_examples=300)
 def test_every_plan(product, multiprocessors, allowed, forced):
@@ -49,7 +44,8 @@ def test_every_plan(product, multiprocessors, allowed, forced):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_native, "impl", forced)
         plan = dispatch.plan("op", product, multiprocessors, allowed)
-    tile, splits, tiles = plan
+    tile, splits, tiles, cluster = plan
+    assert cluster == 1
     assert tile is TILES[tile.name] and tile.name in allowed
     assert forced in ("auto", tile.name)
     if forced == "auto" and tile.name in ("few8", "few16"):
@@ -93,7 +89,7 @@ def test_every_plan(product, multiprocessors, allowed, forced):
     ],
 )
 def test_the_rule(tokens, rows, cols, multiprocessors, tile, splits):
-    plan = dispatch.plan("op", Product(tokens, rows, cols), multiprocessors)
+    plan = dispatch.plan("op", Product(tokens, rows, cols), multiprocessors, MMA_TILES)
     assert (plan.tile.name, plan.splits) == (tile, splits)
 
 
@@ -106,11 +102,12 @@ def test_groups_do_not_share_tiles():
     assert plan.tiles == 3
 
 
-@pytest.mark.parametrize("impl", MATRIX_TILES)
+@pytest.mark.parametrize("impl", MMA_TILES)
 def test_a_forced_tile(impl, monkeypatch):
     monkeypatch.setattr(_native, "impl", impl)
     for tokens in (1, 100):
-        assert dispatch.plan("op", Product(tokens, 64, 64), A100).tile.name == impl
+        assert dispatch.plan("op", Product(tokens, 64, 64), A100, MMA_TILES).tile.name == impl
+        assert dispatch.plan("op", Product(tokens, 64, 64), H100, MATRIX_TILES).tile.name == impl
     if impl not in WIDE_TILES:
         with pytest.raises(ValueError) as refused:
             dispatch.plan("nm24_conv", Product(1, 64, 64), A100, WIDE_TILES)
@@ -127,15 +124,19 @@ def test_the_variable_names_the_tiles():
 def test_the_built_module_has_the_tiles(monkeypatch):
     monkeypatch.undo()
     built = {name: tuple(sizes) for name, *sizes in _native.require("tests").cuda_tiles()}
-    assert not built or built == {name: tile[2:] for name, tile in TILES.items()}
+    assert not built or list(built.items()) == [(name, tile[2:]) for name, tile in TILES.items()]
 
 
+@pytest.mark.parametrize(
+    ("tile", "consumers"), [("small", 1), ("sm90_128x8", 2), ("sm90_256x128", 2), ("sm90_192x192", 3)]
+)
 @pytest.mark.parametrize("splits", [1, 3])
-def test_workspace(splits):
-    plan = Plan(TILES["small"], splits, 5)
+def test_workspace(splits, tile, consumers):
+    plan = Plan(TILES[tile], splits, 5)
     partials, counters = cuda.workspace(plan, torch.device("cpu"))
     if splits == 1:
         assert partials is None and counters is None
         return
-    assert partials.dtype is torch.float32 and partials.numel() == 5 * 3 * 64 * 64
-    assert counters.dtype is torch.int32 and counters.tolist() == [0] * 5
+    elements = TILES[tile].features * TILES[tile].tokens
+    assert partials.dtype is torch.float32 and partials.numel() == 5 * 3 * elements
+    assert counters.dtype is torch.int32 and counters.tolist() == [0] * 5 * consumers

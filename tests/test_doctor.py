@@ -16,6 +16,7 @@ from sparseops import _native
 from sparseops.ops import REGISTRY, cuda
 
 UNCACHED = cuda.gpu_reason.__wrapped__
+UNCACHED_SM90 = cuda.no_sm90_reason.__wrapped__
 
 
 class FakeModule:
@@ -23,11 +24,11 @@ class FakeModule:
 
     __file__ = "/somewhere/_C.so"
 
-    def __init__(self, *, cuda=True, error=None, isas=("portable", "avx2"), isa="avx2"):
-        self.cuda, self.error, self.isas, self.isa = cuda, error, isas, isa
+    def __init__(self, *, cuda=True, archs="80;90a", error=None, isas=("portable", "avx2"), isa="avx2"):
+        self.cuda, self.archs, self.error, self.isas, self.isa = cuda, archs, error, isas, isa
 
     def build_info(self):
-        archs = "80;90a" if self.cuda else ""
+        archs = self.archs if self.cuda else ""
         return {
             "compiler": "gcc 99",
             "cuda": self.cuda,
@@ -55,6 +56,7 @@ def native(monkeypatch):
         monkeypatch.setattr(_native, "error", error)
         monkeypatch.setattr(_native, "config_error", config_error)
         monkeypatch.setattr(cuda, "gpu_reason", UNCACHED)
+        monkeypatch.setattr(cuda, "no_sm90_reason", UNCACHED_SM90)
         monkeypatch.setattr(cuda.torch.cuda, "is_available", lambda: capability is not None)
         monkeypatch.setattr(cuda.torch.cuda, "get_device_capability", lambda index: capability)
         monkeypatch.setattr(cuda.torch.cuda, "get_device_name", lambda index: "GPU Y")
@@ -76,7 +78,8 @@ def test_doctor_of_this_machine():
     assert all(kernel.on or (kernel.reason and kernel.cure) for kernel in found.kernels)
     assert found.ok == all(kernel.on for kernel in found.kernels if kernel.device == "cpu" and kernel.exists)
     assert {(kernel.op, kernel.device) for kernel in found.kernels if not kernel.exists} == {
-        ("nm24_linear_i8", "cpu")
+        ("nm24_linear_i8", "cpu"),
+        ("nm24_linear_f8", "cpu"),
     }
     json.loads(found.to_json())
 
@@ -182,6 +185,31 @@ def test_no_driver(native):
     kernel = kernels(found)["nm24_to_dense", "cuda"]
     assert kernel.reason == "CUDA driver version is insufficient"
     assert "install or update the NVIDIA driver" in kernel.cure
+
+
+@pytest.mark.parametrize(
+    ("archs", "capability", "built", "runs"),
+    [
+        ("80;90a", (9, 0), "yes", "yes"),
+        (
+            "80+PTX",
+            (9, 0),
+            "no",
+            "no: sparseops was built without sm_90a: build again with 9.0a in TORCH_CUDA_ARCH",
+        ),
+        ("80;90a", (8, 6), "yes", "no: the GPU has compute capability 8.6, and wgmma.sp needs 9.0"),
+        ("90a", (8, 6), "yes", None),
+        ("", None, "no", None),
+    ],
+)
+def test_kernels_for_sm90(native, archs, capability, built, runs):
+    native(FakeModule(cuda=bool(archs), archs=archs), capability=capability)
+    found = sparseops.doctor().cuda
+    assert found["kernels for sm_90a built"] == built
+    if runs is None:
+        assert "device 0 runs wgmma.sp" not in found
+    else:
+        assert found["device 0 runs wgmma.sp"].startswith(runs)
 
 
 def test_devices_are_listed(native, monkeypatch):

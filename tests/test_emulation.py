@@ -6,58 +6,15 @@ by hand what is run here.
 
 from __future__ import annotations
 
-import importlib.util
-import os
 import re
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
-
-EMULATION = Path(__file__).resolve().parent / "emulation"
-TIMEOUT = 300  # seconds: a kernel that never ends must not hold up the rest
-
-
-def load(name):
-    """A module of tests/emulation, whose names are too common to import."""
-    spec = importlib.util.spec_from_file_location(f"emulation_{name}", EMULATION / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-build = load("build")
-UNSUPPORTED = build.unsupported()
-needs_emulator = pytest.mark.skipif(UNSUPPORTED is not None, reason=str(UNSUPPORTED))
+from emulator import EMULATION, build, needs_emulator, run_build, run_program
 
 # the plain build is quick, so it runs in four orders; the other two need no luck with them
 RUNS = [("plain", seed) for seed in range(4)] + [("asan", 0), ("race", 0)]
 RUN_IDS = [f"{kind}-seed{seed}" if kind == "plain" else kind for kind, seed in RUNS]
-
-
-def run_program(program, seed=0, arguments=()):
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("EMU_")}
-    command = [str(program), *arguments]
-    try:
-        return subprocess.run(
-            command,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=TIMEOUT,
-            env={**environment, "EMU_SEED": str(seed)},
-        )
-    except subprocess.TimeoutExpired as late:
-        said = (late.stdout or b"").decode(errors="replace")
-        return subprocess.CompletedProcess(command, 124, said, f"still running after {TIMEOUT} s")
-
-
-def run_build(*arguments):
-    command = [sys.executable, str(EMULATION / "build.py"), *arguments]
-    return subprocess.run(command, capture_output=True, text=True)
 
 
 @pytest.fixture(scope="session")
@@ -106,7 +63,11 @@ RECORDED = sorted((EMULATION / "conformance").glob("*.txt"))
 def conformance():
     built = run_build("plain", "conformance")
     assert built.returncode == 0, built.stdout + built.stderr
-    return build.program("plain", "conformance")
+
+    def run(*arguments):  # on a device that has all instructions
+        return run_program(build.program("plain", "conformance"), 0, arguments, EMU_CAPABILITY="9.0")
+
+    return run
 
 
 @needs_emulator
@@ -114,19 +75,19 @@ def conformance():
 def test_the_emulator_does_what_a_gpu_did(conformance, file):
     if file is None:
         pytest.skip("no GPU has been recorded yet: the emulator stands on the documents (conformance.cu)")
-    result = run_program(conformance, arguments=("replay", str(file)))
+    result = conformance("replay", str(file))
     assert result.returncode == 0, result.stdout + result.stderr
 
 
 @needs_emulator
 def test_a_gpu_that_does_something_else_is_seen(conformance, tmp_path):
-    recorded = run_program(conformance, arguments=("record",)).stdout.splitlines()
+    recorded = conformance("record").stdout.splitlines()
     cases = [line.split()[1] for line in recorded if line.startswith("case ")]
     file = tmp_path / "gpu.txt"
 
     def wrong(lines):
         file.write_text("\n".join(lines) + "\n")
-        said = run_program(conformance, arguments=("replay", str(file))).stdout.splitlines()
+        said = conformance("replay", str(file)).stdout.splitlines()
         assert len(said) == len(cases) + 1
         return [line.split(":")[0].removeprefix("FAIL ") for line in said if line.startswith("FAIL ")]
 
@@ -143,12 +104,21 @@ def test_a_gpu_that_does_something_else_is_seen(conformance, tmp_path):
     assert wrong(recorded[: recorded.index(f"case {cases[-1]}")]) == cases[-1:]
 
 
+@needs_emulator
+def test_a_gpu_without_the_newest_instructions_is_replayed_too(conformance, tmp_path):
+    older = run_program(build.program("plain", "conformance"), arguments=("record",), EMU_CAPABILITY="8.0")
+    file = tmp_path / "gpu.txt"
+    file.write_text(older.stdout)
+    assert "compute capability 8.0" in older.stdout and "wgmma" not in older.stdout
+    assert conformance("replay", str(file)).returncode == 0
+
+
 def test_every_instruction_is_recorded():
-    wrappers = re.findall(
-        r"^SPARSEOPS_DEVICE \w+\*? (\w+)\(", (build.CSRC / "cuda" / "ptx.cuh").read_text(), re.M
-    )
-    assert len(wrappers) > 8
-    program = (EMULATION / "conformance.cu").read_text()
+    headers = (build.CSRC / "cuda" / name for name in ("ptx.cuh", "ptx_sm90.cuh", "wgmma_sp.cuh"))
+    text = "".join(header.read_text() for header in headers)
+    wrappers = re.findall(r"^SPARSEOPS_DEVICE \w+\*? (\w+)\(", text, re.M)
+    assert len(wrappers) > 40
+    program = "".join((EMULATION / name).read_text() for name in ("conformance.cu", "conformance_sm90.cuh"))
     assert [name for name in wrappers if not re.search(rf"ptx::{name}\b", program)] == []
 
 

@@ -19,6 +19,7 @@ from sparseops.ops import (
     nm24_conv,
     nm24_grad_values,
     nm24_linear,
+    nm24_linear_f8,
     nm24_linear_i8,
     nm24_to_dense,
     registry,
@@ -256,9 +257,29 @@ INT8 = {
         ),
     ],
 )
-def test_nm24_linear_i8(arguments, error, match, path):
-    with pytest.raises(error, match=f"^nm24_linear_i8: .*{match}"):
-        nm24_linear_i8(**{**INT8, "out_dtype": torch.float32, **arguments})
+@pytest.mark.parametrize(
+    ("op", "dtype"), [(nm24_linear_i8, torch.int8), (nm24_linear_f8, torch.float8_e4m3fn)]
+)
+def test_8_bit_products(op, dtype, arguments, error, match, path):
+    given = {**INT8, "out_dtype": torch.float32, **arguments}
+    given |= {name: t.to(dtype) for name, t in given.items() if getattr(t, "dtype", None) is torch.int8}
+    match = match.replace(str(torch.int8), str(dtype))
+    with pytest.raises(error, match=f"^{op.__name__}: .*{match}"):
+        op(**given)
+
+
+def test_how_many_features_sums_of_integers_hold():
+    features = 2**17 + 1
+    x, meta = torch.ones(1, features, dtype=torch.int8), torch.full((1, 2**14 + 4), 0x44, dtype=torch.uint8)
+    values, scale = torch.ones(1, 2**16 + 16, dtype=torch.int8), torch.ones(1)
+    with pytest.raises(ValueError, match="columns, and at most 131072, got 131073$"):
+        nm24_linear_i8(x, values, meta, scale, scale, out_dtype=torch.float32)
+    x, values = x.to(torch.float8_e4m3fn), values.to(torch.float8_e4m3fn)
+    assert nm24_linear_f8(x, values, meta, scale, scale, out_dtype=torch.float32) == 2**16 + 1
+    with pytest.raises(
+        ValueError, match="131073 to 131104 features to match values of 131104 packed columns, got 1$"
+    ):
+        nm24_linear_f8(x[:, :1], values, meta, scale, scale, out_dtype=torch.float32)
 
 
 @pytest.mark.parametrize(
@@ -374,12 +395,20 @@ def test_a_bad_variable_is_an_error_when_a_kernel_is_asked_for(monkeypatch):
             None,
         ),
         (env.fast_path, "SPARSEOPS_FAST_PATH", "yes", "SPARSEOPS_FAST_PATH must be 0 or 1, got 'yes'", True),
-        (env.emulate, "SPARSEOPS_EMULATE", "2", "SPARSEOPS_EMULATE must be 0 or 1, got '2'", False),
+        (
+            env.emulate,
+            "SPARSEOPS_EMULATE",
+            "8.6",
+            "SPARSEOPS_EMULATE must be one of 0, 1, 8.0, 9.0, got '8.6'",
+            None,
+        ),
         (
             env.impl,
             "SPARSEOPS_IMPL",
             "huge",
-            "SPARSEOPS_IMPL must be one of auto, few8, few16, small, large, dense, got 'huge'",
+            "SPARSEOPS_IMPL must be one of auto, few8, few16, small, large, sm90_128x8, sm90_128x16, "
+            "sm90_128x32, sm90_128x64, sm90_128x128, sm90_128x256, sm90_256x128, sm90_192x192, "
+            "sm90_rs_128x256, sm90_rs_256x128, dense, got 'huge'",
             "auto",
         ),
     ],
@@ -450,7 +479,7 @@ except ValueError as error:
         ({"SPARSEOPS_CPU_ISA": "portable", "SPARSEOPS_FAST_PATH": "0"}, "portable False"),
         ({"SPARSEOPS_CPU_ISA": "portable", "SPARSEOPS_IMPL": "few8"}, "portable True"),
         ({"SPARSEOPS_IMPL": "few9"}, "SPARSEOPS_IMPL must be one of .*, got 'few9'"),
-        ({"SPARSEOPS_EMULATE": "on"}, "SPARSEOPS_EMULATE must be 0 or 1, got 'on'"),
+        ({"SPARSEOPS_EMULATE": "on"}, "SPARSEOPS_EMULATE must be one of 0, 1, 8.0, 9.0, got 'on'"),
         ({"SPARSEOPS_FAST_PATH": "2"}, "SPARSEOPS_FAST_PATH must be 0 or 1, got '2'"),
         ({"SPARSEOPS_CPU_ISA": "AVX2"}, "SPARSEOPS_CPU_ISA must be one of .*, got 'AVX2'"),
     ],

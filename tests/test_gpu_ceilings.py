@@ -19,8 +19,8 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import program
-from test_emulation import build, needs_emulator, run_build
-from test_gpu_reports import a_row
+from emulator import build, needs_emulator, run_build
+from gpu_rows import a_row
 
 TREE = Path(__file__).resolve().parent.parent
 sys.path.append(str(TREE))  # behind everything else, as in test_benchmarks.py

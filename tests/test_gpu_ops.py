@@ -7,23 +7,41 @@ import warnings
 
 import pytest
 import torch
-from conftest import CASES, DTYPES, GPU, SMOOTH_CASES, Dispatched, Native, case_of, layout, moved
+from conftest import (
+    CASES,
+    CONV,
+    DTYPES,
+    F8,
+    GPU,
+    INT8,
+    LINEAR,
+    PRODUCTS,
+    RUNS_SM90,
+    SMOOTH_CASES,
+    Dispatched,
+    Native,
+    assert_gpu_result,
+    byte_inputs,
+    call_on_gpu,
+    case_of,
+    cut,
+    every_half,
+    host,
+    layout,
+    linear_inputs,
+    moved,
+)
 
 from sparseops import SparseConv2d, SparseLinear, _native
 from sparseops.formats import NM24
 from sparseops.formats.nm24 import pack_columns
-from sparseops.ops import REGISTRY, cuda, derived, dispatch, registry
+from sparseops.ops import REGISTRY, cuda, derived, registry
 from sparseops.ops.common import make_bias, make_weight
 from sparseops.testing import Expected, assert_close, expect, expect_grads, grads
 
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(GPU is None, reason="there is no GPU")]
 
-LINEAR, CONV, INT8 = REGISTRY["nm24_linear"], REGISTRY["nm24_conv"], REGISTRY["nm24_linear_i8"]
-FEW = [
-    c for c in CASES if c.values[0] in (LINEAR, CONV, INT8) and c.values[1].name in ("tail", "vector", "gelu")
-]
-HALVES = {"bf16": torch.bfloat16, "f16": torch.float16}
-every_half = pytest.mark.parametrize("dtype", HALVES.values(), ids=HALVES)
+FEW = [c for c in CASES if c.values[0] in PRODUCTS and c.values[1].name in ("tail", "vector", "gelu")]
 
 
 @pytest.fixture(autouse=True)
@@ -42,30 +60,13 @@ def native(monkeypatch):
     return module
 
 
-def host(y):
-    return tuple(map(host, y)) if isinstance(y, tuple) else y.detach().cpu()
-
-
-def assert_result(op, y, args, kwargs):
-    """``y``, from a GPU, is what the op gives for ``args``, which lie on the CPU."""
-    if isinstance(y, tuple):
-        for got, expected in zip(host(y), op.reference(*args, **kwargs), strict=True):
-            assert torch.equal(got.view(torch.uint8), expected.view(torch.uint8))
-    else:
-        assert_close(host(y), expect(op, args, kwargs))
-
-
-def call(op, args, kwargs):
-    return op.fn(*(moved(arg, GPU) for arg in args), **kwargs)
-
-
 @pytest.mark.filterwarnings("ignore:.*plain torch reference")
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize(("op", "case"), CASES)
 def test_forward(op, case, dtype):
     args, kwargs = case.make(dtype)
-    y = call(op, args, kwargs)
-    assert_result(op, y, args, kwargs)
+    y = call_on_gpu(op, args, kwargs)
+    assert_gpu_result(op, y, args, kwargs)
     if not isinstance(y, tuple):
         assert layout(y) == layout(op.fn(*(moved(arg, "meta") for arg in args), **kwargs))
 
@@ -82,22 +83,6 @@ def test_gradients(op, case, dtype):
         assert_close(found[position].cpu(), expected)
 
 
-def cut(monkeypatch, tile, splits):
-    """Let every product be cut like this; returns the plans that were made."""
-    plans = []
-
-    def plan(op, product, multiprocessors, allowed=dispatch.MATRIX_TILES):
-        assert tile in allowed
-        shape = dispatch.built_tiles()[tile]
-        rows = -(-product.rows // product.groups // shape.features)
-        tiles = rows * product.groups * -(-product.tokens // shape.tokens)
-        plans.append(dispatch.Plan(shape, splits, tiles))
-        return plans[-1]
-
-    monkeypatch.setattr(dispatch, "plan", plan)
-    return plans
-
-
 @every_half
 @pytest.mark.parametrize("splits", [1, 3, 6])
 @pytest.mark.parametrize(
@@ -105,14 +90,8 @@ def cut(monkeypatch, tile, splits):
 )
 def test_every_tile_of_nm24_linear(tile, tokens, splits, dtype, monkeypatch):
     plans = cut(monkeypatch, tile, splits)
-    generator = torch.Generator().manual_seed(tokens)
-    rows, features = 137, 700
-    weight = make_weight((rows, features), dtype, generator)
-    x = torch.randn((tokens, features), generator=generator).to(dtype)
-    residual = torch.randn((tokens, rows), generator=generator).to(dtype)
-    args = (x, weight.values, weight.meta, make_bias(rows, dtype, generator), residual)
-    kwargs = {"activation": "gelu"}
-    assert_result(LINEAR, call(LINEAR, args, kwargs), args, kwargs)
+    args, kwargs = linear_inputs(137, tokens, dtype), {"activation": "gelu"}
+    assert_gpu_result(LINEAR, call_on_gpu(LINEAR, args, kwargs), args, kwargs)
     assert [plan.splits for plan in plans] == [splits]
 
 
@@ -121,15 +100,9 @@ def test_every_tile_of_nm24_linear(tile, tokens, splits, dtype, monkeypatch):
 @pytest.mark.parametrize(("tile", "tokens"), [("small", 70), ("large", 131)])
 def test_every_tile_of_nm24_linear_i8(tile, tokens, splits, out_dtype, monkeypatch):
     cut(monkeypatch, tile, splits)
-    generator = torch.Generator().manual_seed(tokens)
-    rows, features = 137, 700
-    weight = make_weight((rows, features), torch.float32, generator)
-    values = (weight.values * 1000).clamp(-128, 127).to(torch.int8)
-    x = torch.randint(-128, 128, (tokens, features), generator=generator, dtype=torch.int8)
-    scales = [torch.rand(n, generator=generator) / 100 for n in (tokens, rows)]
-    args = (x, values, weight.meta, *scales, make_bias(rows, out_dtype, generator))
+    args = byte_inputs(137, tokens, torch.int8, out_dtype)
     kwargs = {"out_dtype": out_dtype, "activation": "silu"}
-    assert_result(INT8, call(INT8, args, kwargs), args, kwargs)
+    assert_gpu_result(INT8, call_on_gpu(INT8, args, kwargs), args, kwargs)
 
 
 @every_half
@@ -146,7 +119,7 @@ def test_every_tile_of_nm24_conv(tile, channels, groups, splits, dtype, monkeypa
     residual = torch.randn((2, 70 * groups, 9, 6), generator=generator).to(dtype)
     args = (x, weight.values, weight.meta, make_bias(70 * groups, dtype, generator), residual)
     kwargs = {"kernel_size": 3, "padding": 1, "stride": (1, 2), "groups": groups, "activation": "relu"}
-    assert_result(CONV, call(CONV, args, kwargs), args, kwargs)
+    assert_gpu_result(CONV, call_on_gpu(CONV, args, kwargs), args, kwargs)
     assert [plan.splits for plan in plans] == [splits]
 
 
@@ -157,12 +130,13 @@ def test_f32_where_torch_allows_bf16(op, native):
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium")
     try:
-        y = call(op, args, kwargs)
-        kernel = cuda.kernel_name(moved(args[0], GPU))
+        y = call_on_gpu(op, args, kwargs)
+        kernels = [cuda.kernel_name(moved(args[1], GPU), reason) for reason in ("a reason", None)]
     finally:
         torch.set_float32_matmul_precision(before)
     assert f"{op.name}_cuda" in native.taken()
-    assert kernel.startswith("cuda mma.sp, in bfloat16")
+    for kernel, instruction in zip(kernels, ("mma.sp", "wgmma.sp"), strict=True):
+        assert kernel.startswith(f"cuda {instruction}, in bfloat16")
     assert y.dtype is torch.float32
     assert_close(host(y), expect(op, rounded, kwargs))
 
@@ -181,6 +155,8 @@ def test_f32_where_torch_allows_bf16(op, native):
         (CONV, "depthwise", torch.float16, ["to_dense"], ["to_dense"]),
         (CONV, "empty", torch.float16, [], ["to_dense"]),
         (INT8, "tail", torch.float16, ["linear"], None),
+        (F8, "tail", torch.float16, ["to_dense"], None),
+        (F8, "one_scale", torch.float16, ["linear"] if RUNS_SM90 else ["to_dense"], None),
         (REGISTRY["nm24_compress"], "tail", torch.float16, ["compress"], None),
         (REGISTRY["nm24_to_dense"], "tail", torch.float16, ["to_dense"], []),
         (REGISTRY["nm24_grad_values"], "tail", torch.float16, ["grad_values"], ["linear", "to_dense"]),
@@ -206,25 +182,25 @@ def test_who_is_called(op, case, dtype, forward, backward, native):
 def test_dense_can_be_asked_for(native, monkeypatch):
     monkeypatch.setattr(_native, "impl", "dense")
     monkeypatch.setattr(registry, "_warned", set())
-    for op in (LINEAR, CONV, INT8):
+    for op in PRODUCTS if RUNS_SM90 else PRODUCTS[:3]:
         with pytest.warns(UserWarning, match=f"^{op.name}: SPARSEOPS_IMPL=dense asks for the dense exp"):
             args, kwargs = case_of(op).make(torch.float16)
             native.taken()
-            assert_result(op, call(op, args, kwargs), args, kwargs)
+            assert_gpu_result(op, call_on_gpu(op, args, kwargs), args, kwargs)
         assert native.taken() == ["nm24_to_dense_cuda"]
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            call(op, args, kwargs)
+            call_on_gpu(op, args, kwargs)
 
 
 def test_a_tile_can_be_asked_for(native, monkeypatch):
     (args, kwargs), (image, options) = (case_of(op, "tail").make(torch.float16) for op in (LINEAR, CONV))
     for tile in ("few8", "few16", "small", "large"):
         monkeypatch.setattr(_native, "impl", tile)
-        assert_result(LINEAR, call(LINEAR, args, kwargs), args, kwargs)
+        assert_gpu_result(LINEAR, call_on_gpu(LINEAR, args, kwargs), args, kwargs)
     monkeypatch.setattr(_native, "impl", "few8")
     with pytest.raises(ValueError, match="^nm24_conv: SPARSEOPS_IMPL must be auto, dense or one of small, l"):
-        call(CONV, image, options)
+        call_on_gpu(CONV, image, options)
 
 
 def test_a_weight_packed_on_the_gpu(native):
@@ -242,10 +218,12 @@ def slabs_of(layer):
     return {key: entry.tensor for key, entry in (derived._entries.get(layer.meta) or {}).items()}
 
 
-@pytest.mark.parametrize("make", [lambda: SparseLinear(40, 24), lambda: SparseConv2d(16, 24, 3, groups=1)])
-def test_a_layer_is_ready_where_it_comes_to_the_gpu(make, monkeypatch):
+@pytest.mark.parametrize(
+    ("make", "wgmma"), [(lambda: SparseLinear(40, 24), True), (lambda: SparseConv2d(16, 24, 3), False)]
+)
+def test_a_layer_is_ready_where_it_comes_to_the_gpu(make, wgmma, monkeypatch):
     layer = make().half().to(GPU)
-    assert layer.kernel.startswith("cuda mma.sp")
+    assert layer.kernel.startswith("cuda wgmma.sp" if wgmma and RUNS_SM90 else "cuda mma.sp")
     ((key, slabs),) = slabs_of(layer).items()
     assert key == (16, 1)
     other = make().half()
@@ -260,6 +238,13 @@ def test_a_layer_is_ready_where_it_comes_to_the_gpu(make, monkeypatch):
     assert grouped.kernel == "reference: the CUDA kernel needs 16 channels in each group, got 4"
 
 
+def test_a_layer_in_float32_is_ready_too(monkeypatch):
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "medium")
+    layer = SparseLinear(40, 24).to(GPU)
+    rounded = derived._entries[layer.values][torch.bfloat16].tensor
+    assert torch.equal(rounded, layer.values.bfloat16())
+
+
 @pytest.mark.parametrize("op", [LINEAR, CONV], ids=lambda op: op.name)
 def test_a_changed_weight_is_seen(op):
     args, kwargs = case_of(op).make(torch.float16)
@@ -269,7 +254,7 @@ def test_a_changed_weight_is_seen(op):
     other[1], other[2] = args[1].roll(1, 0), args[2].roll(1, 0)
     there[1].copy_(other[1])
     there[2].copy_(other[2])
-    assert_result(op, op.fn(*there, **kwargs), other, kwargs)
+    assert_gpu_result(op, op.fn(*there, **kwargs), other, kwargs)
 
 
 @pytest.mark.parametrize(("op", "case"), FEW)
@@ -318,13 +303,13 @@ def test_one_rounding():
     x = torch.full((4, 64), 1.0).half()
     bias = torch.full((32,), 2.0**-11).half()
     residual = torch.full((4, 32), 2.0**-11).half()
-    y = call(LINEAR, (x, weight.values, weight.meta, bias, residual), {})
+    y = call_on_gpu(LINEAR, (x, weight.values, weight.meta, bias, residual), {})
     assert (host(y) == 1 + 2.0**-10).all()
 
 
 def test_the_harness_sees_a_wrong_result():
     args, kwargs = case_of(LINEAR).make(torch.float16)
-    y = host(call(LINEAR, args, kwargs))
+    y = host(call_on_gpu(LINEAR, args, kwargs))
     y[3, 4] += 0.1
     expected = expect(LINEAR, args, kwargs)
     assert isinstance(expected, Expected)

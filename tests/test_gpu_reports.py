@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import program
+from gpu_rows import a_row
 
 TREE = Path(__file__).resolve().parent.parent
 sys.path.append(str(TREE))  # behind everything else, as in test_benchmarks.py
@@ -169,38 +170,6 @@ def test_gpu_run_says_what_came_of_it(
 
 
 # ---- files
-
-
-def a_row(**changes: object) -> GpuRow:
-    row = GpuRow(
-        date="2999-01-01T00:00Z",
-        commit="abc",
-        machine="a GPU",
-        driver="1",
-        cuda="13.0",
-        torch="2",
-        sparseops="0",
-        archs="90a",
-        sm_mhz=1980,
-        op="nm24_linear",
-        work="16x4096->14336",
-        source="a model",
-        dtype="bf16",
-        contender="sparseops",
-        plan="small/4",
-        picked=1,
-        status="ok",
-        rounds=31,
-        ms=0.5,
-        p20=0.4,
-        p80=0.6,
-        host_ms=0.02,
-        floor_ms=0.002,
-        ratio=1.5,
-        tflops=100.0,
-        gbs=2000.0,
-    )
-    return replace(row, **changes)
 
 
 def test_rows_survive_the_file_and_a_line_cut_short(tmp_path: Path) -> None:

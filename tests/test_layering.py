@@ -33,7 +33,7 @@ PYTHON = {
 # within a subpackage: what lies at the bottom, and so imports nothing beside it
 BOTTOM = {
     "formats": {"base"},
-    "ops": {"registry", "common", "conv_geometry", "derived", "dispatch"},
+    "ops": {"registry", "common", "conv_geometry", "derived", "tiles"},
 }
 # kind of file in csrc (first pattern that fits) -> what its includes may look like; the C++ standard library
 # is open to all
@@ -43,18 +43,22 @@ SOURCES = [
     (r"cpu/vector\.h", [r"immintrin\.h", r"arm_neon\.h"]),
     (r"cpu/.*", [r"ops\.h", r"cpu/.*\.h", r"omp\.h"]),
     (r"cuda/absent\.cpp", [r"ops\.h"]),
-    # the two doors to the GPU, behind which tests put the emulator; no other file knows of it
+    # the doors to the GPU, behind which tests put the emulator; no other file knows of it
     (r"cuda/ptx\.cuh", [r"ptx_emulation\.h", r"cuda_fp16\.h", r"cuda_bf16\.h"]),
+    (r"cuda/ptx_sm90\.cuh", [r"ptx_sm90_emulation\.h", r"cuda/ptx\.cuh", r"cuda\.h"]),
     (r"cuda/launch\.cuh", [r"cuda_emulation\.h", r"cuda_runtime\.h"]),
-    (r"cuda/.*\.cuh", [r"cuda/.*\.cuh", r"ops\.h", r"cuda_runtime\.h", r"cuda_fp16\.h", r"cuda_bf16\.h"]),
-    (r"cuda/.*\.cu", [r"cuda/.*\.cuh", r"ops\.h", r"cuda_runtime\.h"]),
+    # the one that talks to the driver
+    (r"cuda/tensor_map\.cuh", [r"cuda/.*\.cuh", r"ops\.h", r"cuda_runtime\.h", r"cudaTypedefs\.h"]),
+    (r"cuda/.*\.cuh", [r"cuda/.*\.(cuh|h)", r"ops\.h", r"cuda_(runtime|fp16|bf16|fp8)\.h"]),
+    (r"cuda/.*\.cu", [r"cuda/.*\.(cuh|h)", r"ops\.h", r"cuda_runtime\.h"]),
+    (r"cuda/sm90\.h", [r"ops\.h"]),
 ]
 # the same for tests/emulation, where what lies beside a file is open to it. The emulator knows no kernel.
-CUDA_HEADERS = [r"cuda_(runtime|fp16|bf16)\.h", r"vector_types\.h"]
+CUDA_HEADERS = [r"cuda(_(runtime|fp16|bf16|fp8)|Typedefs)?\.h", r"vector_types\.h"]
 SYSTEM_HEADERS = [r"(dlfcn|link|math|signal|ucontext|sys/mman|sanitizer/.*)\.h"]
 EMULATION_SOURCES = [
-    (r".*_test\.cpp", [r"cuda/.*\.cuh", r"ops\.h", *CUDA_HEADERS]),
-    (r"conformance.*", [r"cuda/(ptx|launch)\.cuh", *CUDA_HEADERS]),
+    (r".*(_test\.cpp|_case\.h)", [r"cuda/.*\.cuh", r"ops\.h", *CUDA_HEADERS]),
+    (r"conformance.*", [r"conformance.*", r"cuda/(ptx|launch|tensor_map|wgmma).*\.cuh", *CUDA_HEADERS]),
     (r".*", CUDA_HEADERS + SYSTEM_HEADERS),
 ]
 FRAMEWORK = re.compile(r"^(torch|ATen|c10|caffe2)(/|$)")
@@ -199,7 +203,7 @@ def test_includes_of_the_emulator(path):
 
 @pytest.mark.parametrize("path", SOURCE_FILES, ids=names)
 def test_assembly_is_in_the_instruction_wrappers_only(path):
-    if path.parent.name == "cuda" and re.fullmatch(r"ptx.*\.cuh", path.name):
+    if path.parent.name == "cuda" and re.fullmatch(r"(ptx|wgmma).*\.cuh", path.name):
         return
     assert not re.search(r"\basm\b", path.read_text())
 
@@ -229,9 +233,9 @@ def test_a_wrong_include_is_seen(tmp_path, monkeypatch):
 
 
 def test_tests_and_examples_do_not_import_one_another():
-    for folder in ("tests", "examples"):
-        files = sorted((ROOT / folder).glob("*.py"))
-        beside = {path.stem for path in files} - {"conftest"}
+    for pattern in ("tests/test_*.py", "examples/*.py"):
+        files = sorted(ROOT.glob(pattern))
+        beside = {path.stem for path in files}
         for path in files:
             for module, line in imports_of(path):
                 assert module.split(".")[0] not in beside, f"{path}:{line} imports {module}"

@@ -9,9 +9,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import sparseops
 from sparseops import _native
 from sparseops.formats import NM24
-from sparseops.ops import REGISTRY, cuda, nm24_linear, registry
+from sparseops.formats.nm24 import packed_cols
+from sparseops.nn.base import SparseModule
+from sparseops.ops import REGISTRY, cuda, dispatch, nm24_linear, registry
+from sparseops.ops.conv_geometry import geometry_of, no_wgmma_reason, output_size
 
 UNCACHED = cuda.gpu_reason.__wrapped__
+UNCACHED_SM90 = cuda.no_sm90_reason.__wrapped__
 
 
 def test_another_device_has_no_kernel():
@@ -29,6 +33,7 @@ def gpu(monkeypatch):
         monkeypatch.setattr(_native, "C", module and SimpleNamespace(**module))
         monkeypatch.setattr(_native, "error", "the reason")
         monkeypatch.setattr(cuda, "gpu_reason", UNCACHED)
+        monkeypatch.setattr(cuda, "no_sm90_reason", UNCACHED_SM90)
         monkeypatch.setattr(cuda.torch.cuda, "is_available", lambda: capability is not None)
         monkeypatch.setattr(cuda.torch.cuda, "get_device_capability", lambda index: capability)
 
@@ -69,7 +74,7 @@ def test_why_a_gpu_has_no_kernel(module, capability, reason, gpu):
         with FakeTensorMode():
             x = torch.empty(2, 32, device="cuda", dtype=op.dtype)
             assert op.supports(x) == reason
-            if op.dtype.is_floating_point:
+            if op.dtype.itemsize > 1:
                 assert op.supports(x.double()) == "there is no CUDA kernel for torch.float64"
 
 
@@ -92,6 +97,113 @@ def test_why_a_gpu_has_no_kernel(module, capability, reason, gpu):
 )
 def test_what_runs_on_a_gpu(archs, capability, runs):
     assert cuda.runs_on(archs, capability) is runs
+
+
+NO_SM90A = "sparseops was built without sm_90a: build again with 9.0a in TORCH_CUDA_ARCH_LIST"
+
+
+@pytest.mark.parametrize(
+    ("archs", "capability", "reason"),
+    [
+        ("80+PTX;90a", (9, 0), None),
+        ("90a", (9, 0), None),
+        ("80+PTX", (9, 0), NO_SM90A),
+        ("80+PTX;190a", (9, 0), NO_SM90A),
+        ("80+PTX;90a", (8, 0), "the GPU has compute capability 8.0, and wgmma.sp needs 9.0"),
+        ("80+PTX;90a", (10, 0), "the GPU has compute capability 10.0, and wgmma.sp needs 9.0"),
+        ("80+PTX;90a", (12, 0), "the GPU has compute capability 12.0, and wgmma.sp needs 9.0"),
+    ],
+)
+def test_which_gpu_takes_the_tiles_of_sm90(archs, capability, reason, gpu):
+    gpu(built(archs=archs), capability)
+    assert cuda.no_sm90_reason(torch.device("cuda", 0)) == reason
+    with FakeTensorMode():
+        x = torch.empty(2, 32, device="cuda", dtype=torch.float16)
+        assert cuda.no_wgmma_reason(x, 64, x.dtype) == reason
+        # the one op that has no other tiles
+        assert REGISTRY["nm24_linear_f8"].supports(x.to(torch.float8_e4m3fn)) == reason
+    tiles = cuda.allowed(dispatch.MATRIX_TILES, reason)
+    assert tiles == (dispatch.MATRIX_TILES if reason is None else ("few8", "few16", "small", "large"))
+
+
+@pytest.mark.parametrize(
+    ("rows", "dtype", "fits"),
+    [
+        (8, torch.float16, True),
+        (12, torch.bfloat16, False),
+        (7, torch.float16, False),
+        (12, torch.float32, True),
+        (14, torch.float32, False),
+    ],
+)
+def test_which_outputs_wgmma_can_write(rows, dtype, fits, gpu):
+    gpu(built())
+    with FakeTensorMode():
+        reason = cuda.no_wgmma_reason(torch.empty(2, 32, device="cuda"), rows, dtype)
+    assert reason == (None if fits else f"wgmma.sp needs rows of y of whole 16 bytes, got {rows} of {dtype}")
+
+
+def conv_reason(channels=64, groups=1, size=(9, 9), kernel=3, **options):
+    geometry = geometry_of(
+        kernel, options.pop("stride", 1), options.pop("padding", 0), options.pop("dilation", 1), 1
+    )
+    output = output_size(torch.empty(1, 4, *size), 4, packed_cols((1, 4, *geometry.kernel_size)), geometry)
+    return no_wgmma_reason(channels, groups, geometry, size, output)
+
+
+def test_which_convolutions_wgmma_takes():
+    assert conv_reason() is conv_reason(128, stride=(8, 1), padding=(1, 2)) is None
+    assert conv_reason(96) == "wgmma.sp needs one group of a multiple of 64 channels, got 1 of 96"
+    assert conv_reason(128, 2) == "wgmma.sp needs one group of a multiple of 64 channels, got 2 of 64"
+    assert no_wgmma_reason(64, 1) is None and no_wgmma_reason(60, 1).endswith("got 1 of 60")
+    limits = "wgmma.sp needs strides up to 8, padding up to 128 and a dilated kernel up to 255"
+    for axis in (0, 1):
+
+        def pair(value, other, axis=axis):
+            return (value, other) if axis == 0 else (other, value)
+
+        assert conv_reason(size=(300, 300), stride=pair(8, 1)) is None
+        assert conv_reason(size=(300, 300), stride=pair(9, 1)) == limits
+        assert conv_reason(kernel=pair(129, 1), padding=pair(128, 0)) is None
+        assert conv_reason(kernel=pair(129, 1), padding=pair(129, 0)) == limits
+        assert conv_reason(size=(300, 300), dilation=pair(127, 1), padding=pair(127, 1)) is None
+        assert conv_reason(size=(300, 300), dilation=pair(128, 1), padding=pair(128, 1)) == limits
+        # the last output pixel's first tap lies 128 pixels before the image's end, and 127 behind it
+        assert conv_reason(size=(300, 300), kernel=pair(129, 1)) is None
+        assert conv_reason(size=(300, 300), kernel=pair(130, 1)) == limits
+        assert conv_reason(kernel=pair(1, 1), padding=pair(127, 0)) is None
+        assert conv_reason(kernel=pair(1, 1), padding=pair(128, 0)) == limits
+
+
+def test_a_layer_says_which_instruction_it_gets(gpu, monkeypatch):
+    """The CPU stands for an H100."""
+    linear, conv = sparseops.SparseLinear(40, 16).half(), sparseops.SparseConv2d(64, 16, 3).half()
+    others = sparseops.SparseLinear(40, 12).half(), sparseops.SparseConv2d(32, 16, 3).half()
+    assert linear.kernel_note is None
+    gpu(built(), (9, 0))
+    monkeypatch.setattr(registry, "on_gpu", lambda x: True)
+    monkeypatch.setattr(_native, "emulated", None)
+    note = "by mma.sp, which may lose to a dense layer on this GPU: "
+    for layer in (linear, conv):
+        assert (layer.kernel, layer.kernel_note) == ("cuda wgmma.sp", None)
+    for layer, reason in zip(others, ("rows of y of whole 16", "one group of a multiple of 64"), strict=True):
+        assert layer.kernel == "cuda mma.sp"
+        assert layer.kernel_note.startswith(f"{note}wgmma.sp needs {reason}")
+    for impl, kernel in (("small", "cuda mma.sp"), ("sm90_192x192", "cuda wgmma.sp")):
+        monkeypatch.setattr(_native, "impl", impl)
+        assert linear.kernel == kernel
+    monkeypatch.setattr(_native, "impl", "auto")
+    gpu(built(archs="80+PTX"), (9, 0))
+    assert (linear.kernel, linear.kernel_note) == ("cuda mma.sp", note + NO_SM90A)
+    gpu(built(), (8, 6))
+    assert (linear.kernel, linear.kernel_note) == ("cuda mma.sp", None)
+
+
+def test_a_report_says_so_too(monkeypatch):
+    model = torch.nn.Sequential(torch.nn.Linear(40, 16))
+    assert sparseops.explain(sparseops.convert(model))["0"].reason == "pruned by magnitude"
+    monkeypatch.setattr(SparseModule, "kernel_note", "a note")
+    assert sparseops.explain(sparseops.convert(model))["0"].reason == "pruned by magnitude; a note"
 
 
 @pytest.mark.parametrize("precision", ["highest", "high", "medium"])

@@ -44,6 +44,20 @@ def test_accepts_another_order_of_summation(dtype, activation):
     assert_close(activate.get(activation, lambda z: z)(z).to(dtype), expected)
 
 
+def test_float8_may_be_summed_in_fewer_bits():
+    op = REGISTRY["nm24_linear_f8"]
+    args, kwargs = next(case for case in op.cases if case.name == "gt_tile").make(torch.float32)
+    expected = expect(op, args, kwargs)
+    for part, fits in ((4.0, True), (20.0, False)):
+        y = (expected.exact + expected.summed * part * 2.0**-14).float()
+        for rule, accepts in ((expected, fits), (dataclasses.replace(expected, sum_eps=None), False)):
+            if accepts:
+                assert_close(y, rule)
+            else:
+                with pytest.raises(AssertionError, match="elements are off"):
+                    assert_close(y, rule)
+
+
 def test_rejects_a_zeroed_tile(expected):
     y = expected.plain.clone()
     y[64:80, 32:48] = 0

@@ -105,6 +105,26 @@ def output_size(x: Tensor, rows: int, packed: int, geometry: Geometry) -> tuple[
     return output[0], output[1]
 
 
+def no_wgmma_reason(
+    channels: int, groups: int, geometry: Geometry | None = None, *sizes: Sequence[int]
+) -> str | None:
+    """Why wgmma.sp cannot take a convolution, None if it can: what the copy engine can find the pixels of.
+    sizes: of the image and of the output; without a geometry only channels and groups are looked at."""
+    if groups > 1 or channels % 64:
+        return f"wgmma.sp needs one group of a multiple of 64 channels, got {groups} of {channels // groups}"
+    if geometry is None:
+        return None
+    image, output = sizes
+    for axis in (0, 1):
+        pad, stride = geometry.padding[2 * axis], geometry.stride[axis]
+        extent = (geometry.kernel_size[axis] - 1) * geometry.dilation[axis]
+        # where the first tap is for the last output pixel, from the last pixel of the image
+        end = (output[axis] - 1) * stride - pad - (image[axis] - 1)
+        if stride > 8 or pad > 128 or extent > 254 or not -128 <= end <= 127:
+            return "wgmma.sp needs strides up to 8, padding up to 128 and a dilated kernel up to 255"
+    return None
+
+
 def _refuse_size(geometry: Geometry) -> None:
     for name, least in (("kernel_size", 1), ("stride", 1), ("dilation", 1), ("padding", 0)):
         sizes = tuple(getattr(geometry, name))

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparseops import _native
+from sparseops.formats.nm24_fragments import pack_fragments
 from sparseops.formats.nm24_slabs import pack_slabs, slab_rows
 from sparseops.ops import dispatch, registry
 from sparseops.ops.common import ACTIVATIONS
@@ -20,8 +21,10 @@ from sparseops.ops.derived import derive, forget
 
 OLDEST = (8, 0)
 """The least compute capability that has mma.sp."""
+HOPPER = (9, 0)
+"""The only one that has wgmma.sp."""
 
-DTYPES = {**registry.KERNEL_DTYPES, torch.int8: 3}
+DTYPES = {**registry.KERNEL_DTYPES, torch.int8: 3, torch.float8_e4m3fn: 4}
 """The dtypes of the kernels, with their codes in csrc/ops.h."""
 
 F32_REASON = (
@@ -30,6 +33,9 @@ F32_REASON = (
 )
 
 DENSE_REASON = "SPARSEOPS_IMPL=dense asks for the dense expansion"
+
+FRAGMENTS = "fragments"
+"""The key of the values in fragment order among what is derived from values."""
 
 
 def impls(note: str) -> dict[tuple[str, str], str]:
@@ -99,6 +105,66 @@ def runs_on(archs: str, capability: tuple[int, int]) -> bool:
     return False
 
 
+def capability(device: torch.device) -> tuple[int, int]:
+    """The compute capability of the GPU."""
+    return _native.emulated or torch.cuda.get_device_capability(device)
+
+
+def is_hopper(x: Tensor) -> bool:
+    """Whether ``x`` lies on a GPU that has wgmma.sp."""
+    return registry.on_gpu(x) and capability(x.device) == HOPPER
+
+
+@lru_cache
+def no_sm90_reason(device: torch.device) -> str | None:
+    """Why the kernels for sm_90a cannot run on this GPU, which runs others, None if they can."""
+    found = capability(device)
+    if found != HOPPER:
+        return "the GPU has compute capability {}.{}, and wgmma.sp needs 9.0".format(*found)
+    if not _native.emulated and not has_sm90(_native.C.build_info()["cuda_archs"]):
+        return "sparseops was built without sm_90a: build again with 9.0a in TORCH_CUDA_ARCH_LIST"
+    return None
+
+
+def has_sm90(archs: str) -> bool:
+    """Whether ``archs``, such as "80+PTX;90a", has the kernels for sm_90a."""
+    return re.search(r"\b90a", archs) is not None
+
+
+def no_wgmma_reason(like: Tensor, rows: int, dtype: torch.dtype) -> str | None:
+    """Why no kernel by wgmma.sp can compute a y of ``rows`` features in ``dtype`` on the GPU of ``like``,
+    None if one can."""
+    if reason := no_sm90_reason(like.device):
+        return reason
+    if rows * dtype.itemsize % 16:
+        return f"wgmma.sp needs rows of y of whole 16 bytes, got {rows} of {dtype}"
+    return None
+
+
+def tiles_of(dtype: torch.dtype) -> tuple[str, ...]:
+    """The tiles that there are for products of matrices of ``dtype``."""
+    if dtype is torch.float8_e4m3fn:
+        return dispatch.F8_TILES
+    return dispatch.BYTE_TILES if dtype is torch.int8 else dispatch.MATRIX_TILES
+
+
+def no_tile_reason(x: Tensor, rows: int, dtype: torch.dtype) -> str | None:
+    """Why no kernel can compute a y of ``rows`` features in ``dtype`` from ``x``, where ``supports`` finds
+    nothing against it; None if one can."""
+    no_wgmma = no_wgmma_reason(x, rows, dtype)
+    return None if allowed(tiles_of(x.dtype), no_wgmma) else no_wgmma
+
+
+def allowed(tiles: tuple[str, ...], no_wgmma: str | None) -> tuple[str, ...]:
+    """Of ``tiles`` those that a call can take, ``no_wgmma`` being why it cannot take those of sm90."""
+    return tiles if no_wgmma is None else _without_sm90(tiles)
+
+
+@lru_cache
+def _without_sm90(tiles: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(name for name in tiles if name in dispatch.MMA_TILES)
+
+
 def takes_bf16() -> bool:
     """Whether float32 products may be computed from bfloat16 factors: torch's own switch says so."""
     try:
@@ -109,9 +175,9 @@ def takes_bf16() -> bool:
 
 @lru_cache
 def multiprocessors(device: torch.device) -> int:
-    """How many multiprocessors the GPU has; those of an A100 when it is emulated."""
+    """How many multiprocessors the GPU has; those of an A100 or an H100 when it is emulated."""
     if _native.emulated:
-        return 108
+        return 132 if _native.emulated == HOPPER else 108
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
@@ -135,12 +201,13 @@ def aligned(tensor: Tensor) -> Tensor:
 
 def aligned_rows(x: Tensor) -> Tensor:
     """``x`` [rows, K] with rows that begin at and are multiples of 16 bytes, zeros behind K where those are
-    missing; a copy where it is not so."""
+    missing, and that do not overlap; a copy where it is not so."""
     rows, columns = x.shape
     chunk = 16 // x.element_size()
     if columns % chunk:
         return F.pad(x, (0, -columns % chunk)).contiguous()
-    if x.stride(1) != 1 or (rows > 1 and x.stride(0) % chunk) or x.data_ptr() % 16:
+    apart = rows == 1 or (x.stride(0) % chunk == 0 and x.stride(0) >= columns)
+    if x.stride(1) != 1 or not apart or x.data_ptr() % 16:
         return x.clone(memory_format=torch.contiguous_format)
     return x
 
@@ -150,11 +217,14 @@ def row_stride(x: Tensor) -> int:
     return x.stride(0) if x.shape[0] > 1 else x.shape[1]
 
 
-def kernel_name(x: Tensor) -> str:
-    """The kernel that runs for ``x``, where ``no_product_reason`` finds nothing against it."""
-    if not registry.on_gpu(x):
+def kernel_name(values: Tensor, no_wgmma: str | None = None) -> str:
+    """The kernel that runs for ``values``, where ``no_product_reason`` finds nothing against it and
+    ``no_wgmma`` says why it is none by wgmma.sp."""
+    if not registry.on_gpu(values):
         return registry.cpu_isa()
-    name = "cuda mma.sp, in bfloat16" if x.dtype is torch.float32 else "cuda mma.sp"
+    name = "cuda mma.sp" if no_wgmma is not None or _native.impl in dispatch.MMA_TILES else "cuda wgmma.sp"
+    if values.dtype is torch.float32:
+        name += ", in bfloat16"
     return f"{name} (emulated)" if _native.emulated else name
 
 
@@ -168,24 +238,32 @@ class Weight(NamedTuple):
 
 def weight(values: Tensor, meta: Tensor, groups: int = 1) -> Weight:
     """Metadata in slabs, and values aligned, and in bfloat16 where they are float32; made once."""
-    bits = 8 if values.dtype is torch.int8 else 16
+    bits = 8 if values.element_size() == 1 else 16
     slabs = derive(meta, (bits, groups), lambda: pack_slabs(meta, groups, element_bits=bits))
     if values.dtype is torch.float32:
         values = derive(values, torch.bfloat16, lambda: values.to(torch.bfloat16).contiguous())
     return Weight(aligned(values), slabs, slab_rows(meta.shape[0], groups))
 
 
+def fragments(values: Tensor, stored: Weight) -> Tensor:
+    """The values of the weight that ``weight`` made of ``values``, in fragment order; made once."""
+    return derive(values, FRAGMENTS, lambda: pack_fragments(stored.values))
+
+
 def prepare(values: Tensor, meta: Tensor, *, groups: int = 1, **_: Any) -> None:
     """Make now what the kernels want of a weight that has just come to a GPU or changed there. The first call
     would make it as well, but a captured CUDA graph never comes to one."""
     if registry.on_gpu(meta) and type(meta) is Tensor and meta.numel() and no_product_reason(values) is None:
-        weight(values.detach(), meta, groups)
+        stored = weight(values, meta, groups)
+        if _native.impl in dispatch.SM90_RS_TILES and no_sm90_reason(meta.device) is None:
+            fragments(values, stored)
 
 
 def forget_values(values: Tensor) -> None:
     """The values are being trained, perhaps by writes that leave no trace: take no copy for theirs."""
-    if values.dtype is torch.float32 and registry.on_gpu(values):
+    if registry.on_gpu(values):
         forget(values, torch.bfloat16)
+        forget(values, FRAGMENTS)
 
 
 def workspace(plan: dispatch.Plan, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
@@ -193,7 +271,7 @@ def workspace(plan: dispatch.Plan, device: torch.device) -> tuple[Tensor | None,
     if plan.splits == 1:
         return None, None
     partials = torch.empty(plan.partials, dtype=torch.float32, device=device)
-    return partials, torch.zeros(plan.tiles, dtype=torch.int32, device=device)
+    return partials, torch.zeros(plan.counters, dtype=torch.int32, device=device)
 
 
 def linear(
@@ -213,9 +291,12 @@ def linear(
     of the three sizes 0."""
     tokens, rows, cols = x.shape[0], values.shape[0], values.shape[1] * 2
     x = aligned_rows(x.bfloat16() if x.dtype is torch.float32 else x)
-    stored, slabs, slots = weight(values, meta)
-    allowed = dispatch.WIDE_TILES if x.dtype is torch.int8 else dispatch.MATRIX_TILES
-    plan = dispatch.plan(op, dispatch.Product(tokens, rows, cols), multiprocessors(x.device), allowed)
+    stored = weight(values, meta)
+    product = dispatch.Product(tokens, rows, cols, element_bits=8 * x.element_size())
+    blocks = multiprocessors(x.device)
+    tiles = allowed(tiles_of(x.dtype), no_wgmma_reason(x, rows, out_dtype))
+    plan = dispatch.plan(op, product, blocks, tiles)
+    ordered = fragments(values, stored) if plan.tile.from_registers else None
     partials, counters = workspace(plan, x.device)
     bias, residual, x_scale, w_scale = (
         None if tensor is None else aligned(tensor) for tensor in (bias, residual, x_scale, w_scale)
@@ -224,11 +305,12 @@ def linear(
     _native.require(op).nm24_linear_cuda(
         x.data_ptr(),
         row_stride(x),
-        stored.data_ptr(),
-        slabs.data_ptr(),
+        stored.values.data_ptr(),
+        address(ordered),
+        stored.slabs.data_ptr(),
         rows,
         cols,
-        slots,
+        stored.slab_rows,
         address(bias),
         address(residual),
         address(x_scale),
@@ -241,6 +323,8 @@ def linear(
         DTYPES[x.dtype],
         plan.tile.code,
         plan.splits,
+        plan.cluster,
+        blocks,
         address(partials),
         address(counters),
         *place(x),

@@ -1,5 +1,8 @@
 """Which tile of the CUDA kernels a product takes and how many blocks share one: a rule, nothing is tuned.
 
+This is the rule for the tiles of mma.sp. Where a call may take those of sm90 as well, ``dispatch_sm90`` has
+another one, for all of them.
+
 A block of threads computes one output tile. What it has to do for ``cols`` columns of 16-bit elements, with F
 features and T tokens to a tile:
 
@@ -24,53 +27,43 @@ features and T tokens to a tile:
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import NamedTuple
 
 from sparseops import _native
+from sparseops.ops import dispatch_sm90
+from sparseops.ops.tiles import (
+    BYTE_TILES,
+    CONV_TILES,
+    F8_TILES,
+    FEW_TILES,
+    MATRIX_TILES,
+    MMA_TILES,
+    SM90_RS_TILES,
+    WIDE_TILES,
+    Plan,
+    Product,
+    Tile,
+    ceil_div,
+)
+
+__all__ = [
+    "BYTE_TILES",
+    "CONV_TILES",
+    "F8_TILES",
+    "MATRIX_TILES",
+    "MMA_TILES",
+    "SM90_RS_TILES",
+    "WIDE_TILES",
+    "Plan",
+    "Product",
+    "Tile",
+    "built_tiles",
+    "plan",
+]
 
 _LARGE_RATE = 1.7
 _MOST_SPLITS = 16
 _SLAB = 128  # splits are whole slabs of metadata
 _LEAST_SLABS = {"few8": 8, "few16": 8, "small": 2, "large": 2}
-_FEW = {"few8": 8, "few16": 16}
-
-MATRIX_TILES = ("few8", "few16", "small", "large")
-"""The tiles that a product of 16-bit matrices may take."""
-WIDE_TILES = ("small", "large")
-"""Those of 8-bit matrices and of convolutions."""
-
-
-class Tile(NamedTuple):
-    """A tile of the kernels, as the built module lists it; ``code`` is its place there."""
-
-    code: int
-    name: str
-    features: int
-    tokens: int
-    depth: int
-
-
-class Product(NamedTuple):
-    """The sizes of a product: ``tokens`` x ``rows`` outputs over ``cols`` packed columns. The rows of a
-    grouped convolution lie in ``groups`` equal parts, and no tile spans two."""
-
-    tokens: int
-    rows: int
-    cols: int
-    groups: int = 1
-
-
-class Plan(NamedTuple):
-    """A tile, how many blocks share each output tile, and how many output tiles there are."""
-
-    tile: Tile
-    splits: int
-    tiles: int
-
-    @property
-    def partials(self) -> int:
-        """Elements of 4 bytes of the workspace for partial sums."""
-        return self.tiles * self.splits * self.tile.features * self.tile.tokens if self.splits > 1 else 0
 
 
 @lru_cache(maxsize=1)
@@ -80,8 +73,9 @@ def built_tiles() -> dict[str, Tile]:
     return {name: Tile(i, name, *sizes) for i, (name, *sizes) in enumerate(tiles)}
 
 
-def plan(op: str, product: Product, multiprocessors: int, allowed: Sequence[str] = MATRIX_TILES) -> Plan:
-    """How ``product`` is cut, by the rule or as ``SPARSEOPS_IMPL`` says. allowed: tiles that the op can take.
+def plan(op: str, product: Product, multiprocessors: int, allowed: Sequence[str]) -> Plan:
+    """How ``product`` is cut, by the rule or as ``SPARSEOPS_IMPL`` says. allowed: the tiles that this call
+    can take on this GPU.
 
     Raises:
         ValueError: ``SPARSEOPS_IMPL`` names a tile that is not among them.
@@ -92,31 +86,36 @@ def plan(op: str, product: Product, multiprocessors: int, allowed: Sequence[str]
             f"{op}: SPARSEOPS_IMPL must be auto, dense or one of {', '.join(allowed)} for this call, "
             f"got {forced!r}"
         )
-    names = (forced,) if forced in tiles else _candidates(product.tokens, allowed)
+    names = (forced,) if forced in tiles else _candidates(product.tokens, allowed, tiles)
     return _soonest(product, multiprocessors, tuple(tiles[name] for name in names))
 
 
 @lru_cache(maxsize=1024)
 def _soonest(product: Product, multiprocessors: int, tiles: tuple[Tile, ...]) -> Plan:
-    plans = [_split(product, tile, multiprocessors) for tile in tiles]
+    sm90 = [tile for tile in tiles if tile.is_sm90]
+    plans = [plan for tile in sm90 for plan in dispatch_sm90.plans(product, tile, multiprocessors)]
+    plans += [_split(product, tile, multiprocessors) for tile in tiles if not tile.is_sm90]
+    if sm90:
+        return min(plans, key=lambda plan: dispatch_sm90.cost(product, plan, multiprocessors))
     return min(plans, key=lambda plan: _duration(plan, multiprocessors))
 
 
-def _candidates(tokens: int, allowed: Sequence[str]) -> Sequence[str]:
-    for name, most in _FEW.items():
-        if tokens <= most and name in allowed:
-            return (name,)
-    return [name for name in allowed if name not in _FEW]
+def _candidates(tokens: int, allowed: Sequence[str], tiles: dict[str, Tile]) -> list[str]:
+    """Those of the allowed tiles that the rule looks at."""
+    few = [name for name in FEW_TILES if name in allowed and tokens <= tiles[name].tokens]
+    wide = few[:1] or [name for name in WIDE_TILES if name in allowed]
+    sm90 = [name for name in allowed if tiles[name].is_sm90 and not tiles[name].from_registers]
+    return [*wide, *sm90]
 
 
 def _split(product: Product, tile: Tile, multiprocessors: int) -> Plan:
     rows = product.rows // product.groups
-    tiles = _ceil_div(rows, tile.features) * product.groups * _ceil_div(product.tokens, tile.tokens)
-    slabs = _ceil_div(product.cols, _SLAB)
+    tiles = ceil_div(rows, tile.features) * product.groups * ceil_div(product.tokens, tile.tokens)
+    slabs = ceil_div(product.cols, _SLAB)
     splits = 1
     if tiles < multiprocessors:
         splits = max(1, min(2 * multiprocessors // tiles, _MOST_SPLITS, slabs // _LEAST_SLABS[tile.name]))
-        splits = _ceil_div(slabs, _ceil_div(slabs, splits))  # none without columns
+        splits = ceil_div(slabs, ceil_div(slabs, splits))  # none without columns
     return Plan(tile, splits, tiles)
 
 
@@ -124,8 +123,4 @@ def _duration(plan: Plan, multiprocessors: int) -> float:
     """In units of a full column of a 64 x 64 tile on one multiprocessor."""
     area = plan.tile.features * plan.tile.tokens / 4096
     rate = _LARGE_RATE if plan.tile.name == "large" else 1.0
-    return _ceil_div(plan.tiles * plan.splits, multiprocessors) / plan.splits * area / rate
-
-
-def _ceil_div(a: int, b: int) -> int:
-    return -(-a // b)
+    return ceil_div(plan.tiles * plan.splits, multiprocessors) / plan.splits * area / rate

@@ -40,6 +40,7 @@ from sparseops.ops.conv_geometry import (
     empty_output,
     geometry_of,
     is_channels_last,
+    no_wgmma_reason,
     output_size,
     pair,
     pixels_of,
@@ -101,6 +102,11 @@ def supports(
         if in_group < _LEAST_GROUP_CHANNELS:
             return f"the CUDA kernel needs {_LEAST_GROUP_CHANNELS} channels in each group, got {in_group}"
     return None
+
+
+def no_wgmma(values: Tensor, *, groups: int, channels: int) -> str | None:
+    """Why no kernel by wgmma.sp can run on ``values``, None if one can for most geometries."""
+    return cuda.no_wgmma_reason(values, values.shape[0], values.dtype) or no_wgmma_reason(channels, groups)
 
 
 def _check(
@@ -186,20 +192,23 @@ def _cuda_kernel(
         return empty_output(x, (*y.shape,), channels_last)
     pixels = cuda.aligned(pixels_of(x.bfloat16() if x.dtype is torch.float32 else x, groups))
     channels = pixels.shape[-1]
-    stored, slabs, slots = cuda.weight(values, meta, groups)
+    stored = cuda.weight(values, meta, groups)
     product = dispatch.Product(batch * output[0] * output[1], rows, kept * 2, groups)
-    allowed = ("small",) if channels // groups % 8 else dispatch.WIDE_TILES
-    plan = dispatch.plan(NAME, product, cuda.multiprocessors(x.device), allowed)
+    tiles = ("small",) if channels // groups % 8 else dispatch.CONV_TILES
+    no_wgmma = cuda.no_wgmma_reason(x, rows, y.dtype)
+    no_wgmma = no_wgmma or no_wgmma_reason(channels, groups, geometry, (height, width), output)
+    blocks = cuda.multiprocessors(x.device)
+    plan = dispatch.plan(NAME, product, blocks, cuda.allowed(tiles, no_wgmma))
     partials, counters = cuda.workspace(plan, x.device)
     bias = None if bias is None else cuda.aligned(bias)
     residual = None if residual is None else cuda.aligned(residual.permute(0, 2, 3, 1))
     _native.require(NAME).nm24_conv_cuda(
         pixels.data_ptr(),
-        stored.data_ptr(),
-        slabs.data_ptr(),
+        stored.values.data_ptr(),
+        stored.slabs.data_ptr(),
         rows,
         kept * 2,
-        slots,
+        stored.slab_rows,
         cuda.address(bias),
         cuda.address(residual),
         registry.KERNEL_DTYPES[y.dtype],
@@ -219,6 +228,8 @@ def _cuda_kernel(
         registry.KERNEL_DTYPES[pixels.dtype],
         plan.tile.code,
         plan.splits,
+        plan.cluster,
+        blocks,
         cuda.address(partials),
         cuda.address(counters),
         *cuda.place(x),
@@ -478,6 +489,25 @@ CASES = (
     _case("transposed", (2, 12, 6, 7), 8, 3, padding=1, view=lambda x: x.mT.contiguous().mT),
     _case("expanded", (1, 12, 6, 7), 8, 3, padding=1, view=lambda x: x.expand(3, -1, -1, -1)),
     _case("negated", (1, 12, 6, 7), 8, 3, padding=1, view=torch._neg_view),
+    _case(
+        "many_channels",
+        (2, 64, 6, 7),
+        40,
+        3,
+        padding=1,
+        stride=(1, 2),
+        residual=torch.clone,
+        activation="silu",
+    ),
+    _case(
+        "channels_last_many_channels",
+        (1, 192, 5, 9),
+        24,
+        (1, 3),
+        padding=(0, 3),
+        dilation=2,
+        view=_channels_last,
+    ),
     _case("empty", (0, 16, 5, 6), 12, 3, padding=1),
     _case("empty_channels_last", (0, 16, 5, 6), 12, 3, view=_channels_last, activation="silu"),
 )
@@ -490,9 +520,11 @@ registry.register(
         supports=supports,
         impls=registry.cpu_impls("f32, f16 and bf16, any shape; contiguous and channels_last")
         | cuda.impls(
-            "f16 and bf16 by mma.sp, groups of at least 16 channels; f32 where torch allows bf16 for it"
+            "f16 and bf16 by mma.sp, groups of at least 16 channels, and by wgmma.sp on compute capability "
+            "9.0, one group of a multiple of 64 channels; f32 where torch allows bf16 for it"
         ),
         cases=CASES,
         prepare=cuda.prepare,
+        no_wgmma=no_wgmma,
     )
 )

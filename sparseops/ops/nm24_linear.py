@@ -59,6 +59,11 @@ def supports(x: Tensor, values: Tensor | None = None, *_: Any) -> str | None:
     return cuda.no_product_reason(x, values)
 
 
+def no_wgmma(values: Tensor) -> str | None:
+    """Why no kernel by wgmma.sp can run on ``values``, None if one can."""
+    return cuda.no_wgmma_reason(values, values.shape[0], values.dtype)
+
+
 def _check(
     x: Tensor,
     values: Tensor,
@@ -328,8 +333,12 @@ registry.register(
         reference=nm24_linear_reference,
         supports=supports,
         impls=registry.cpu_impls("f32, f16 and bf16, any shape")
-        | cuda.impls("f16 and bf16 by mma.sp, any shape; f32 where torch allows bf16 for it"),
+        | cuda.impls(
+            "f16 and bf16 by mma.sp, any shape, and by wgmma.sp on compute capability 9.0 for multiples of 8 "
+            "outputs; f32 where torch allows bf16 for it"
+        ),
         cases=CASES,
         prepare=cuda.prepare,
+        no_wgmma=no_wgmma,
     )
 )

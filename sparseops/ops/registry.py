@@ -44,6 +44,8 @@ class Op:
         dtype: one of the first argument's that every kernel takes.
         differentiable: whether it has a gradient.
         prepare: called with the tensors of a weight when they have moved or changed.
+        no_wgmma: called with the values of a weight, why the CUDA kernels by wgmma.sp cannot take it where
+            others can, or None.
     """
 
     name: str
@@ -55,6 +57,7 @@ class Op:
     dtype: torch.dtype = torch.float16
     differentiable: bool = True
     prepare: Callable[..., None] | None = None
+    no_wgmma: Callable[..., str | None] | None = None
 
     def runs_on(self, device: str) -> bool:
         """Whether there is a kernel for this type of device."""
@@ -127,7 +130,7 @@ def _autocast(overload: torch._ops.OpOverload, device: str) -> Callable[..., Ten
 
 def on_gpu(x: Tensor) -> bool:
     """Whether CUDA kernels serve ``x``: it lies on a GPU, or on the CPU while that stands for one."""
-    return x.is_cuda or (_native.emulated and x.is_cpu)
+    return x.is_cuda or (_native.emulated is not None and x.is_cpu)
 
 
 def no_kernel_reason(x: Tensor, values: Tensor | None = None) -> str | None:
