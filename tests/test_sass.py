@@ -176,9 +176,27 @@ def test_nvcc_had_nothing_to_say(file: Path) -> None:
     assert losses(log.read_text()) == []
 
 
+def _source_of(file: Path) -> str:
+    source = TREE / "csrc" / "cuda" / file.name.removesuffix(".o")
+    beside = source.with_suffix(".cuh")
+    return source.read_text() + (beside.read_text() if beside.exists() else "")
+
+
+def asked_for(file: Path) -> list[str]:
+    """Those of ARCHS that the file of an object is for, by its first line."""
+    items = _source_of(file).partition("\n")[0].partition("archs:")[2].split()
+    return [arch for arch in ARCHS if arch.removeprefix("sm_") in items or {"all", "80+"} & set(items)]
+
+
 @without_cuda
-@pytest.mark.parametrize("arch", ARCHS)
-@every_object
+@pytest.mark.parametrize(
+    "file, arch",
+    [
+        pytest.param(file, arch, id=f"{file.name.partition('.')[0]}-{arch}")
+        for file in OBJECTS
+        for arch in asked_for(file)
+    ],
+)
 def test_kernels(file: Path, arch: str) -> None:
     if arch not in architectures(file):
         pytest.skip(f"this tree was built without machine code for {arch}")
@@ -186,12 +204,6 @@ def test_kernels(file: Path, arch: str) -> None:
     assert kernels or not re.search(r"__global__", _source_of(file)), f"no kernel in {file.name}"
     wrong = [f"{kernel.name}: {fault}" for kernel in kernels for fault in faults(kernel, arch)]
     assert not wrong, "\n".join(wrong)
-
-
-def _source_of(file: Path) -> str:
-    source = TREE / "csrc" / "cuda" / file.name.removesuffix(".o")
-    beside = source.with_suffix(".cuh")
-    return source.read_text() + (beside.read_text() if beside.exists() else "")
 
 
 @without_cuda
