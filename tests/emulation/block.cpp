@@ -1,6 +1,5 @@
+// How threads take turns, and how a launch fails. See block.h.
 #include "block.h"
-
-#include <link.h>
 
 #include <algorithm>
 #include <cstdarg>
@@ -43,41 +42,61 @@ std::unique_ptr<std::byte[], Free> allocate(std::size_t bytes, std::size_t align
   return std::unique_ptr<std::byte[], Free>(static_cast<std::byte*>(p));
 }
 
-Block::Block(unsigned threads, std::size_t shared_bytes)
-    : threads_(threads),
-      warps_((threads + 31) / 32),
-      shared_(allocate(shared_bytes, 1024)),
+// ---- the run
+
+Block::Block(unsigned threads, std::size_t shared_bytes, unsigned cluster)
+    : size_(threads),
       shared_bytes_(shared_bytes),
+      members_(cluster),
+      threads_(std::size_t{threads} * cluster),
       shuffled_(seed() != 0),
       random_(seed()) {
-  while (stacks().size() < threads) stacks().push_back(std::make_unique<Stack>());
+  for (Member& member : members_) member.shared = allocate(shared_bytes, 1024);
+  while (stacks().size() < threads_.size()) stacks().push_back(std::make_unique<Stack>());
 }
 
-void Block::run(unsigned number, uint3 index, const std::function<void()>& kernel) {
-  running = this;
-  blockIdx = index;
-  kernel_ = &kernel;
-  error_.clear();
-  std::memset(shared_.get(), kPoison, shared_bytes_);
+void Block::start(uint3 first) {
+  for (unsigned rank = 0; rank < cluster(); ++rank) {
+    Member& member = members_[rank];
+    member.index = {first.x + rank, first.y, first.z};
+    member.running = size_;
+    member.barrier = {};
+    std::memset(member.shared.get(), kPoison, shared_bytes_);
+  }
   const memory::Range variables = shared_variables();
   if (variables.begin)
     std::memset(const_cast<std::byte*>(variables.begin), kPoison, std::size_t(variables.end - variables.begin));
-  memory::begin_block(number, size(), {{shared_.get(), shared_.get() + shared_bytes_}, variables});
-  for (unsigned i = 0; i < size(); ++i) {
+  for (unsigned i = 0; i < threads_.size(); ++i) {
     Thread& thread = threads_[i] = Thread{};
-    thread.id = i;
-    thread.lane = i % 32;
-    thread.index = {i % blockDim.x, i / blockDim.x % blockDim.y, i / (blockDim.x * blockDim.y)};
-    thread.warp = &warps_[i / 32];
+    thread.number = i;
+    thread.rank = i / size_;
+    thread.id = i % size_;
+    thread.lane = thread.id % 32;
+    thread.index = {thread.id % blockDim.x, thread.id / blockDim.x % blockDim.y, thread.id / (blockDim.x * blockDim.y)};
     thread.position = stacks()[i]->prepare(&Block::enter);
   }
-  warps_.assign(warps_.size(), Warp{});
-  barrier_ = {};
-  self_ = &threads_[shuffled_ ? random_() % size() : 0];
+  warps_.assign((threads_.size() + 31) / 32, Warp{});
+  warpgroups_.assign(threads_.size() / 128 + cluster(), Warpgroup{});
+}
+
+void Block::run(unsigned number, uint3 first, const std::function<void()>& kernel) {
+  running = this;
+  kernel_ = &kernel;
+  error_.clear();
+  start(first);
+  memory::SharedMemory shared{{}, shared_variables()};
+  for (const Member& member : members_)
+    shared.dynamic.push_back({member.shared.get(), member.shared.get() + shared_bytes_});
+  memory::begin_blocks(number, size_, shared);
+  self_ = &threads_[shuffled_ ? random_() % threads_.size() : 0];
+  blockIdx = members_[self_->rank].index;
   threadIdx = self_->index;
-  memory::running(self_->id);
-  jump(&main_.position, self_->position, stacks()[self_->id]->bottom(), Stack::kBytes);
-  memory::end_block();
+  memory::running(self_->number);
+  jump(&main_.position, self_->position, stacks()[self_->number]->bottom(), Stack::kBytes);
+  memory::end_blocks();
+  background_.clear();
+  states_.clear();
+  end_checks_.clear();
   running = nullptr;
   if (error_.empty()) return;
   for (const auto& stack : stacks()) stack->wipe();
@@ -90,21 +109,33 @@ void Block::enter() {
   try {
     (*me.kernel_)();
   } catch (const std::exception& e) {
-    me.error_ = me.place() + e.what();
+    me.error_ = me.place(me.self().rank) + e.what();
   }
-  if (me.error_.empty()) {
-    const auto& groups = me.self().copy_groups;
-    const bool copies =
-        !me.self().open_copies.empty() || std::any_of(groups.begin(), groups.end(), [](auto& g) { return !g.empty(); });
-    if (copies) me.fail("ends with cp.async copies that it never waited for");
-  }
-  me.self().done = true;
+  if (me.error_.empty()) me.end_thread();
   me.go_on_with(me.error_.empty() ? me.next() : nullptr);
   std::abort();  // nothing returns here
 }
 
+void Block::end_thread() {
+  const auto& groups = self_->copy_groups;
+  const bool copies =
+      !self_->open_copies.empty() || std::any_of(groups.begin(), groups.end(), [](auto& g) { return !g.empty(); });
+  if (copies) fail("ends with cp.async copies that it never waited for");
+  for (const auto check : end_checks_) check(*self_);
+  self_->done = true;
+  if (--members_[self_->rank].running > 0) return;
+  for (const Work& work : background_) {
+    if (work.rank != self_->rank || work.may_outlive) continue;
+    error_ = place(work.rank) + "the block ends before its background work does: " + work.what + "\n  at " +
+             describe(work.site);
+    return;
+  }
+}
+
+// ---- whose turn it is
+
 // A shuffled schedule mostly stays within a warp and now and then jumps: warps drift far apart, as on the device.
-Thread* Block::next() {
+Thread* Block::pick() {
   const auto first_that_can_run = [&](unsigned begin, unsigned count, unsigned start) -> Thread* {
     for (unsigned i = 0; i < count; ++i) {
       Thread& thread = threads_[begin + (start + i) % count];
@@ -113,18 +144,29 @@ Thread* Block::next() {
     return nullptr;
   };
   constexpr unsigned kJumpOneIn = 64;
+  const auto all = static_cast<unsigned>(threads_.size());
+  if (!shuffled_) return first_that_can_run(0, all, self_->number + 1);
+  const unsigned warp = self_->number / 32 * 32, lanes = std::min(32u, all - warp);
   Thread* thread = nullptr;
-  if (!shuffled_) {
-    thread = first_that_can_run(0, size(), self_->id + 1);
-  } else {
-    const unsigned warp = self_->id / 32 * 32, lanes = std::min(32u, size() - warp);
-    if (random_() % kJumpOneIn) thread = first_that_can_run(warp, lanes, unsigned(random_() % lanes));
-    if (!thread) thread = first_that_can_run(0, size(), unsigned(random_() % size()));
+  if (random_() % kJumpOneIn) thread = first_that_can_run(warp, lanes, unsigned(random_() % lanes));
+  return thread ? thread : first_that_can_run(0, all, unsigned(random_() % all));
+}
+
+// Null: none, for the launch is over.
+Thread* Block::next() {
+  constexpr unsigned kEarlyOneIn = 16;
+  if (shuffled_ && !background_.empty() && random_() % kEarlyOneIn == 0) do_work(random_() % background_.size());
+  while (error_.empty()) {
+    if (Thread* thread = pick()) return thread;
+    if (background_.empty()) {
+      const auto done = [](const Thread& t) { return t.done; };
+      if (!std::all_of(threads_.begin(), threads_.end(), done))
+        error_ = place(self_->rank) + "deadlock: no thread can go on\n" + describe_threads();
+      return nullptr;
+    }
+    do_work(shuffled_ ? random_() % background_.size() : 0);
   }
-  const auto done = [](const Thread& t) { return t.done; };
-  if (!thread && !std::all_of(threads_.begin(), threads_.end(), done))
-    error_ = place() + "deadlock: no thread can go on\n" + describe_threads();
-  return thread;
+  return nullptr;
 }
 
 // Null: with the code that launched the kernel.
@@ -133,10 +175,51 @@ void Block::go_on_with(Thread* thread) {
   if (thread == from) return;
   if (!thread) return jump(&from->position, main_.position, main_.bottom, main_.size);
   self_ = thread;
+  blockIdx = members_[thread->rank].index;
   threadIdx = thread->index;
-  memory::running(thread->id);
-  jump(&from->position, thread->position, stacks()[thread->id]->bottom(), Stack::kBytes);
+  memory::running(thread->number);
+  jump(&from->position, thread->position, stacks()[thread->number]->bottom(), Stack::kBytes);
 }
+
+void Block::wait(const Event& event, const char* operation, const void* site) {
+  self_->wait = &event;
+  self_->seen = event.generation;
+  self_->operation = operation;
+  self_->site = site;
+  go_on_with(next());
+  self_->wait = nullptr;
+}
+
+// ---- work in the background
+
+std::uint64_t Block::in_background(Work work) {
+  work.id = ++works_;
+  background_.push_back(std::move(work));
+  return works_;
+}
+
+void Block::do_work(std::size_t position) {
+  const Work work = std::move(background_[position]);
+  background_.erase(background_.begin() + std::ptrdiff_t(position));
+  working_ = &work;
+  try {
+    work.run();
+  } catch (const std::exception& e) {
+    error_ = place(work.rank) + work.what + ": " + e.what() + "\n  at " + describe(work.site);
+  }
+  working_ = nullptr;
+}
+
+void Block::finish(std::uint64_t id) {
+  for (std::size_t i = 0; i < background_.size(); ++i) {
+    if (background_[i].id != id) continue;
+    do_work(i);
+    if (!error_.empty()) go_on_with(nullptr);
+    return;
+  }
+}
+
+// ---- failures
 
 void Block::fail(const char* format, ...) {
   char text[512];
@@ -144,68 +227,18 @@ void Block::fail(const char* format, ...) {
   va_start(arguments, format);
   std::vsnprintf(text, sizeof text, format, arguments);
   va_end(arguments);
-  error_ = place() + "thread " + std::to_string(self().id) + ": " + text + "\n  at " + describe(self().site);
+  if (working_) throw Error(text);
+  error_ = place(self_->rank) + "thread " + std::to_string(self_->id) + ": " + text + "\n  at " + describe(self_->site);
   go_on_with(nullptr);
   std::abort();
 }
 
-std::string Block::place() const {
+std::string Block::place(unsigned rank) const {
+  const uint3 index = members_[rank].index;
   char text[96];
-  std::snprintf(text, sizeof text, "block (%u, %u, %u), EMU_SEED=%llu: ", blockIdx.x, blockIdx.y, blockIdx.z,
+  std::snprintf(text, sizeof text, "block (%u, %u, %u), EMU_SEED=%llu: ", index.x, index.y, index.z,
                 static_cast<unsigned long long>(seed()));
   return text;
-}
-
-void Block::wait(const Meeting& meeting, const char* operation, const void* site) {
-  self_->wait = &meeting;
-  self_->seen = meeting.generation;
-  self_->operation = operation;
-  self_->site = site;
-  go_on_with(next());
-  self_->wait = nullptr;
-}
-
-void Block::barrier(const char* operation, const void* site) { barrier_sum(operation, 0, site); }
-
-int Block::barrier_sum(const char* operation, int value, const void* site) {
-  self_->site = site;
-  if (barrier_.arrived == 0) {
-    barrier_operation_ = operation;
-    sum_ = 0;
-  } else if (std::strcmp(barrier_operation_, operation) != 0) {
-    fail("the block diverges: %s here, %s elsewhere", operation, barrier_operation_);
-  }
-  sum_ += value;
-  if (++barrier_.arrived < size()) {
-    wait(barrier_, operation, site);
-    return last_sum_;
-  }
-  barrier_.arrived = 0;
-  ++barrier_.generation;
-  memory::met();
-  return last_sum_ = sum_;
-}
-
-void Block::meet(const char* operation, std::uint32_t mask, void* argument, Combine combine, const void* site) {
-  Thread& me = *self_;
-  Warp& warp = *me.warp;
-  me.site = site;
-  if (!(mask >> me.lane & 1)) fail("%s: the caller is not in its own mask", operation);
-  if (warp.meeting.arrived == 0) {
-    const unsigned lanes = std::min(32u, size() - me.id / 32 * 32);
-    if (lanes < 32 && mask >> lanes) fail("%s: the mask names lanes that do not exist", operation);
-    warp.operation = operation;
-    warp.mask = mask;
-    warp.arguments = {};
-    warp.meeting.expected = static_cast<unsigned>(__builtin_popcount(mask));
-  } else if (std::strcmp(warp.operation, operation) != 0 || warp.mask != mask) {
-    fail("the warp diverges: %s of 0x%08x here, %s of 0x%08x elsewhere", operation, mask, warp.operation, warp.mask);
-  }
-  warp.arguments[me.lane] = argument;
-  if (++warp.meeting.arrived < warp.meeting.expected) return wait(warp.meeting, operation, site);
-  combine(warp.arguments);
-  warp.meeting.arrived = 0;
-  ++warp.meeting.generation;
 }
 
 bool Block::on_guard_page(const void* address) const {
@@ -215,44 +248,22 @@ bool Block::on_guard_page(const void* address) const {
 // "threads 0-31: __syncthreads at f (kernel.cuh:88)", one line for each run of threads that stand at one place.
 std::string Block::describe_threads() const {
   std::string text;
-  for (unsigned i = 0, end; i < size(); i = end) {
+  const auto stand_together = [](const Thread& a, const Thread& b) {
+    return a.rank == b.rank && a.done == b.done && (a.done || (a.site == b.site && a.wait == b.wait));
+  };
+  for (std::size_t i = 0, end; i < threads_.size(); i = end) {
     const Thread& first = threads_[i];
-    for (end = i; end < size() && threads_[end].done == first.done; ++end)
-      if (!first.done && (threads_[end].site != first.site || threads_[end].wait != first.wait)) break;
-    text += "  threads " + std::to_string(i) + "-" + std::to_string(end - 1) + ": ";
-    text += first.done ? "ended\n" : std::string(first.operation) + " at " + describe(first.site) + "\n";
+    for (end = i; end < threads_.size() && stand_together(first, threads_[end]);) ++end;
+    text += cluster() > 1 ? "  rank " + std::to_string(first.rank) + ", threads " : "  threads ";
+    text += std::to_string(first.id) + "-" + std::to_string(threads_[end - 1].id) + ": ";
+    if (first.done) {
+      text += "ended\n";
+      continue;
+    }
+    const std::string progress = first.wait ? first.wait->describe() : "";
+    text += first.operation + (progress.empty() ? "" : " (" + progress + ")") + " at " + describe(first.site) + "\n";
   }
   return text;
-}
-
-// They are thread_local (cuda_emulation.h), and the program has no other such variables: all that its image brings.
-memory::Range shared_variables() {
-#if defined(EMU_SHARED_VARIABLES_KNOWN)
-  const auto look = [](dl_phdr_info* module, std::size_t, void* found) {
-    const auto here = reinterpret_cast<ElfW(Addr)>(&shared_variables);
-    const ElfW(Phdr)* variables = nullptr;
-    bool is_ours = false;
-    for (int i = 0; i < module->dlpi_phnum; ++i) {
-      const ElfW(Phdr) & part = module->dlpi_phdr[i];
-      if (part.p_type == PT_TLS) variables = &part;
-      const ElfW(Addr) begin = module->dlpi_addr + part.p_vaddr;
-      if (part.p_type == PT_LOAD && here >= begin && here < begin + part.p_memsz) is_ours = true;
-    }
-    if (is_ours && variables && module->dlpi_tls_data) {
-      const auto begin = static_cast<const std::byte*>(module->dlpi_tls_data);
-      *static_cast<memory::Range*>(found) = {begin, begin + variables->p_memsz};
-    }
-    return int(is_ours);
-  };
-  static const memory::Range range = [&] {
-    memory::Range found;
-    dl_iterate_phdr(look, &found);
-    return found;
-  }();
-  return range;
-#else
-  return {};
-#endif
 }
 
 }  // namespace sparseops_emulation

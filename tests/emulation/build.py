@@ -29,7 +29,7 @@ import toolchain  # noqa: E402
 from sources import cpu_steps  # noqa: E402
 
 MODULE = "_C_emulated"
-RACE_ONLY = ("memory_check", "memory_hooks", "traffic")
+RACE_ONLY = ("happens_before", "memory_check", "memory_hooks", "traffic")
 NOT_IN_MODULE = ("test_support",)
 
 # -fno-strict-aliasing: kernels view bytes as they please, as nvcc lets them. No sibling calls, so that a
@@ -106,8 +106,12 @@ def tests() -> dict[str, Path]:
 
 
 def programs() -> dict[str, Path]:
-    """All that can be built: the tests, and the one program that runs on a GPU as well."""
-    return {**tests(), "conformance": EMULATION / "conformance.cu"}
+    """All that can be built: the tests, and the programs that are made for a GPU."""
+    return {
+        **tests(),
+        "conformance": EMULATION / "conformance.cu",
+        "wgmma_ceiling": TREE / "benchmarks" / "wgmma_ceiling.cu",
+    }
 
 
 def kernels_of(test: Path) -> list[str]:

@@ -1,12 +1,15 @@
-// Does the emulator do what a GPU does? One small kernel for each instruction of csrc/cuda/ptx.cuh, run by one warp on
-// operands that a file holds, beside what a GPU made of them.
+// Does the emulator do what a GPU does? One small kernel for each instruction of csrc/cuda/ptx.cuh, and on a GPU of
+// compute capability 9.0 of ptx_sm90.cuh and wgmma_sp.cuh too (conformance_sm90.cuh), run on operands that a file holds,
+// beside what a GPU made of them.
 //
 // To record a GPU (a second or two; nvcc and the GPU's driver are all it needs), at the root of the clone:
 //
 //     nvcc -std=c++17 -O2 -arch=native -Icsrc -o build/conformance tests/emulation/conformance.cu
 //     build/conformance record > tests/emulation/conformance/<gpu>.txt
 //
-// The file is text, about 110 KB. Once committed, tests/test_emulation.py holds the emulator to it:
+// with `-gencode arch=compute_90a,code=sm_90a` in place of `-arch=native` for compute capability 9.0. The file is text,
+// about 110 KB, or 620 KB with the latter's instructions. Once committed, tests/test_emulation.py holds the emulator to
+// it:
 //
 //     python tests/emulation/build.py plain conformance
 //     build/emulation/plain/conformance replay tests/emulation/conformance/<gpu>.txt
@@ -14,23 +17,21 @@
 // Both programs take both commands: a GPU can be held to another's file as well. Bits must be the same, but for sums in
 // f32, which the hardware adds up in an order and a width of its own. Those may differ by 2^-20 of the sum of their
 // terms' magnitudes, which is the bound that the kernels' tests use; where all terms are small integers, by nothing.
+#include "conformance.h"
+
 #include <cmath>
-#include <cstdio>
-#include <cstdlib>
-#include <cstring>
 #include <fstream>
 #include <map>
 #include <sstream>
-#include <string>
-#include <vector>
 
+#include "conformance_sm90.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/ptx.cuh"
 
 namespace {
 
 using namespace sparseops;
-using Words = std::vector<uint32_t>;
+using namespace conformance;
 
 // ---- kernels: lane l reads words l * count to l * count + count - 1 of `in`, and writes `out` the same way
 
@@ -124,59 +125,6 @@ __global__ void atomics(const uint32_t* in, uint32_t* out) {
 
 // ---- operands
 
-class Random {
- public:
-  explicit Random(uint64_t seed) : state_(seed) {}
-  uint32_t next() {  // splitmix64
-    uint64_t z = state_ += 0x9e3779b97f4a7c15;
-    z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9;
-    z = (z ^ z >> 27) * 0x94d049bb133111eb;
-    return static_cast<uint32_t>((z ^ z >> 31) >> 16);
-  }
-  uint32_t below(uint32_t bound) { return next() % bound; }
-
- private:
-  uint64_t state_;
-};
-
-enum class Numbers { integers, near_one, any };  // any: every finite pattern of f16; of bf16, what keeps sums finite
-
-template <class T>
-uint32_t bits16(Random& random, Numbers numbers) {
-  if (numbers == Numbers::any) {
-    const uint32_t bits = random.next() & 0xffff;
-    if (ptx::kIsHalf<T>) return (bits & 0x7c00) == 0x7c00 ? bits ^ 0x4000 : bits;
-    return (bits & 0x807f) | (64 + random.below(100)) << 7;
-  }
-  const float v = numbers == Numbers::integers ? static_cast<float>(random.below(17)) - 8
-                                               : (static_cast<float>(random.below(4001)) - 2000) / 1000;
-  const T t = T(v);
-  uint16_t bits;
-  std::memcpy(&bits, &t, 2);
-  return bits;
-}
-
-template <class T>
-uint32_t pair(Random& random, Numbers numbers) {
-  const uint32_t low = bits16<T>(random, numbers);
-  return low | bits16<T>(random, numbers) << 16;
-}
-
-uint32_t sum_before(Random& random, Numbers numbers) {
-  const float integer = static_cast<float>(random.below(2001)) - 1000;
-  const float v = numbers == Numbers::integers ? integer : integer / 777;
-  uint32_t bits;
-  std::memcpy(&bits, &v, 4);
-  return bits;
-}
-
-uint32_t metadata(Random& random) {
-  static const uint32_t kNibbles[] = {0x4, 0x8, 0x9, 0xc, 0xd, 0xe};
-  uint32_t word = 0;
-  for (int i = 0; i < 8; ++i) word |= kNibbles[random.below(6)] << 4 * i;
-  return word;
-}
-
 template <class T>
 void dense_operands(Random& random, Words& in, Numbers numbers) {
   for (int lane = 0; lane < 32; ++lane) {
@@ -224,36 +172,53 @@ void words(Random& random, Words& in, Numbers) {
   for (int i = 0; i < 32 * count; ++i) in.push_back(random.next());
 }
 
-// ---- the cases
+// ---- the cases, of one warp
 
-struct Case {
-  std::string name;
-  void (*kernel)(const uint32_t*, uint32_t*);
-  size_t in, out;  // words of a lane
-  void (*operands)(Random&, Words&, Numbers);
-  Numbers numbers;
-  bool sums;      // outputs are f32 sums
-  uint32_t sign;  // the bits to clear for the magnitudes of a and b
-};
+using Kernel = void (*)(const uint32_t*, uint32_t*);
+using Operands = void (*)(Random&, Words&, Numbers);
+
+// `in` and `out` are words of a lane.
+Case of_warp(const std::string& name, Kernel kernel, size_t in, size_t out, Operands operands, Numbers numbers) {
+  Case c{name, 32 * in, 32 * out, in, out, {}, {}, {}, 0};
+  c.launch = [=](const uint32_t* words, uint32_t* results) {
+    return launch(kernel, 1, 32, 512, nullptr, words, results);
+  };
+  c.operands = [=](Random& random, Words& words) { operands(random, words, numbers); };
+  return c;
+}
+
+// Outputs are f32 sums; the operands end with the sums before, and `metadata` says where in them it is.
+Case sums_of_warp(const std::string& name, Kernel kernel, size_t in, Operands operands, Numbers numbers,
+                  size_t metadata) {
+  Case c = of_warp(name, kernel, in, 4, operands, numbers);
+  if (numbers == Numbers::integers) return c;
+  c.tolerance = kF32Sum;
+  c.magnitude = [=](size_t i, uint32_t word) {
+    if (i % in >= in - 4) return word & 0x7fffffff;
+    return i % in == metadata ? word : word & 0x7fff7fff;
+  };
+  return c;
+}
 
 template <class T>
 void add_type(std::vector<Case>& cases, const std::string& type) {
+  constexpr size_t kNone = 99;
   for (const auto& [numbers, name] : {std::pair<Numbers, const char*>{Numbers::integers, "integers"},
                                       {Numbers::near_one, "near_one"},
                                       {Numbers::any, "any"}}) {
     const std::string of = "." + type + "." + name;
-    cases.push_back({"mma_m16n8k16" + of, dense<T>, kDenseWords, 4, dense_operands<T>, numbers, true, 0x80008000});
-    cases.push_back({"mma_sp_m16n8k32.selector0" + of, sparse<T, 0>, kSparseWords, 4, sparse_operands<T, 0>, numbers,
-                     true, 0x80008000});
-    cases.push_back({"mma_sp_m16n8k32.selector1" + of, sparse<T, 1>, kSparseWords, 4, sparse_operands<T, 1>, numbers,
-                     true, 0x80008000});
+    cases.push_back(sums_of_warp("mma_m16n8k16" + of, dense<T>, kDenseWords, dense_operands<T>, numbers, kNone));
+    cases.push_back(
+        sums_of_warp("mma_sp_m16n8k32.selector0" + of, sparse<T, 0>, kSparseWords, sparse_operands<T, 0>, numbers, 8));
+    cases.push_back(
+        sums_of_warp("mma_sp_m16n8k32.selector1" + of, sparse<T, 1>, kSparseWords, sparse_operands<T, 1>, numbers, 8));
   }
 }
 
-std::vector<Case> all_cases() {
+std::vector<Case> all_cases(bool with_sm90) {
   std::vector<Case> cases;
-  const auto exact = [&](const char* name, auto kernel, size_t in, size_t out, auto operands) {
-    cases.push_back({name, kernel, in, out, operands, Numbers::any, false, 0});
+  const auto exact = [&](const char* name, Kernel kernel, size_t in, size_t out, Operands operands) {
+    cases.push_back(of_warp(name, kernel, in, out, operands, Numbers::any));
   };
   add_type<__half>(cases, "f16");
   add_type<__nv_bfloat16>(cases, "bf16");
@@ -266,25 +231,20 @@ std::vector<Case> all_cases() {
   exact("cp_async.16", copies<16>, 8, 4, copy_operands<16>);
   exact("load_streaming", streaming, 4, 4, words<4>);
   exact("atomic_add_acq_rel", atomics, 2, 2, words<2>);
+  if (with_sm90) sm90::add_cases(cases);
   return cases;
 }
 
 // ---- running them
 
-void check(cudaError_t error) {
-  if (error == cudaSuccess) return;
-  std::fprintf(stderr, "conformance: %s\n", cudaGetErrorString(error));
-  std::exit(2);
-}
-
 Words run(const Case& c, const Words& in) {
-  Words out(32 * c.out);
+  Words out(c.out, ~0u);  // what nobody writes stays so
   void *device_in, *device_out;
   check(cudaMalloc(&device_in, in.size() * 4));
   check(cudaMalloc(&device_out, out.size() * 4));
   check(cudaMemcpy(device_in, in.data(), in.size() * 4, cudaMemcpyHostToDevice));
-  check(launch(c.kernel, 1, 32, 512, nullptr, static_cast<const uint32_t*>(device_in),
-               static_cast<uint32_t*>(device_out)));
+  check(cudaMemcpy(device_out, out.data(), out.size() * 4, cudaMemcpyHostToDevice));
+  check(c.launch(static_cast<const uint32_t*>(device_in), static_cast<uint32_t*>(device_out)));
   check(cudaDeviceSynchronize());
   check(cudaMemcpy(out.data(), device_out, out.size() * 4, cudaMemcpyDeviceToHost));
   check(cudaFree(device_in));
@@ -292,10 +252,16 @@ Words run(const Case& c, const Words& in) {
   return out;
 }
 
-void print(const char* what, const Words& words, size_t of_lane) {
+void print(const char* what, const Words& words, size_t of_line) {
   for (size_t i = 0; i < words.size(); ++i)
-    std::printf("%s%08x%s", i % of_lane == 0 ? what : " ", static_cast<unsigned>(words[i]),
-                i % of_lane == of_lane - 1 ? "\n" : "");
+    std::printf("%s%08x%s", i % of_line == 0 ? what : " ", static_cast<unsigned>(words[i]),
+                i % of_line == of_line - 1 || i + 1 == words.size() ? "\n" : "");
+}
+
+bool has_sm90() {
+  cudaDeviceProp device;
+  check(cudaGetDeviceProperties(&device, 0));
+  return device.major == 9 && device.minor == 0;
 }
 
 int record() {
@@ -303,30 +269,29 @@ int record() {
   check(cudaGetDeviceProperties(&device, 0));
   std::printf("# %s, compute capability %d.%d, CUDA %d.%d\n", device.name, device.major, device.minor,
               CUDART_VERSION / 1000, CUDART_VERSION % 1000 / 10);
+  if (has_sm90() && !sm90::is_compiled()) {
+    std::fprintf(stderr, "conformance: this GPU's own instructions need -gencode arch=compute_90a,code=sm_90a\n");
+    return 2;
+  }
   uint64_t seed = 1;
-  for (const Case& c : all_cases()) {
+  for (const Case& c : all_cases(has_sm90())) {
     Random random(seed++);
     Words in;
-    c.operands(random, in, c.numbers);
+    c.operands(random, in);
     std::printf("case %s\n", c.name.c_str());
-    print("in ", in, c.in);
-    print("out ", run(c, in), c.out);
+    print("in ", in, c.line);
+    print("out ", run(c, in), c.out_line);
   }
+  if (has_sm90()) sm90::print_experiments();
   return 0;
 }
 
 // How many outputs differ by more than they may.
 size_t count_wrong(const Case& c, const Words& in, const Words& expected, const Words& got) {
   Words sizes;  // of sums: what their terms come to without signs, by the same instruction
-  if (c.sums && c.numbers != Numbers::integers) {
-    Words magnitudes = in;
-    for (size_t i = 0; i < in.size(); ++i) {
-      const size_t word = i % c.in;
-      if (word >= c.in - 4)
-        magnitudes[i] &= 0x7fffffff;
-      else if (c.in == kDenseWords || word != 8)
-        magnitudes[i] &= ~c.sign;
-    }
+  if (c.magnitude) {
+    Words magnitudes(in.size());
+    for (size_t i = 0; i < in.size(); ++i) magnitudes[i] = c.magnitude(i, in[i]);
     sizes = run(c, magnitudes);
   }
   size_t wrong = 0;
@@ -339,7 +304,7 @@ size_t count_wrong(const Case& c, const Words& in, const Words& expected, const 
     std::memcpy(&size, &sizes[i], 4);
     std::memcpy(&g, &got[i], 4);
     std::memcpy(&e, &expected[i], 4);
-    wrong += !(std::abs(double(g) - double(e)) <= std::ldexp(double(size), -20));
+    wrong += !(std::abs(double(g) - double(e)) <= double(size) * c.tolerance);
   }
   return wrong;
 }
@@ -361,10 +326,13 @@ int replay(const char* file) {
     Words& to = kind == "in" ? recorded[name].in : recorded[name].out;
     for (std::string word; words >> word;) to.push_back(static_cast<uint32_t>(std::stoul(word, nullptr, 16)));
   }
+  const bool with_sm90 = head.find("compute capability 9.0") != std::string::npos;
+  if (with_sm90 && !(has_sm90() && sm90::is_compiled()))
+    std::printf("the instructions of compute capability 9.0 are left out: there are none here\n");
   int failed = 0;
-  for (const Case& c : all_cases()) {
+  for (const Case& c : all_cases(with_sm90 && has_sm90() && sm90::is_compiled())) {
     const Recorded& of = recorded[c.name];
-    if (of.in.size() != 32 * c.in || of.out.size() != 32 * c.out) {
+    if (of.in.size() != c.in || of.out.size() != c.out) {
       std::printf("FAIL %s: is not in %s as this program records it\n", c.name.c_str(), file);
       ++failed;
       continue;

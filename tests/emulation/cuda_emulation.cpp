@@ -3,7 +3,6 @@
 
 #include <cstring>
 #include <mutex>
-#include <numeric>
 
 #include "block.h"
 #include "cuda_runtime_emulation.h"
@@ -24,28 +23,31 @@ void require(bool holds, const char* rule) {
   if (!holds) throw Refused(rule);
 }
 
-void check_bounds(dim3 grid, dim3 block, std::size_t shared_bytes) {
+void check_bounds(dim3 grid, dim3 block, std::size_t shared_bytes, unsigned cluster) {
   const std::uint64_t threads = std::uint64_t{block.x} * block.y * block.z;
   require(threads > 0 && threads <= kMaxThreads && block.z <= 64, "a block must have 1 to 1024 threads");
   require(grid.x > 0 && grid.y > 0 && grid.z > 0, "a grid must have a block");
   require(grid.x < 1u << 31 && grid.y < 1u << 16 && grid.z < 1u << 16, "a grid must be within 2^31-1, 65535, 65535");
-  require(shared_bytes <= kMaxSharedBytes, "a block must ask for at most 163 KiB of shared memory");
+  require(shared_bytes <= kMaxSharedBytes, "a block must ask for at most 227 KiB of shared memory");
+  require(cluster > 0 && cluster <= kMaxCluster, "a cluster must have 1 to 8 blocks");
+  require(grid.x % cluster == 0, "a grid must be whole clusters along x");
+  require(cluster == 1 || threads % 32 == 0, "here, blocks of a cluster must be whole warps");
 }
 
 }  // namespace
 
-void run_grid(dim3 grid, dim3 block, std::size_t shared_bytes, const std::function<void()>& thread) {
+void run_grid(dim3 grid, dim3 block, std::size_t shared_bytes, unsigned cluster, const std::function<void()>& thread) {
   static std::mutex one_at_a_time;
   const std::lock_guard lock(one_at_a_time);
-  check_bounds(grid, block, shared_bytes);
+  check_bounds(grid, block, shared_bytes, cluster);
   gridDim = grid;
   blockDim = block;
-  std::vector<unsigned> order(std::size_t{grid.x} * grid.y * grid.z);
-  std::iota(order.begin(), order.end(), 0u);
+  std::vector<unsigned> order(std::size_t{grid.x} * grid.y * grid.z / cluster);
+  for (unsigned i = 0; i < order.size(); ++i) order[i] = i * cluster;
   if (seed()) std::shuffle(order.begin(), order.end(), std::mt19937_64(seed()));
   const FaultHandler faults;
   memory::begin_launch();
-  Block runner(block.x * block.y * block.z, shared_bytes);
+  Block runner(block.x * block.y * block.z, shared_bytes, cluster);
   try {
     for (const unsigned i : order) runner.run(i, {i % grid.x, i / grid.x % grid.y, i / (grid.x * grid.y)}, thread);
   } catch (const Error& error) {
@@ -158,7 +160,7 @@ int __syncthreads_or(int predicate) { return block().barrier_sum("__syncthreads_
 
 void __syncwarp(unsigned mask) {
   char none;
-  const unsigned first = block().self().id / 32 * 32;
+  const unsigned first = block().self().number / 32 * 32;
   block().meet("__syncwarp", mask, &none, [=](const emu::Lanes&) { emu::memory::met(first, mask); }, EMU_SITE);
 }
 

@@ -20,7 +20,7 @@
 
 #include "memory_check.h"
 
-// Blocks never overlap in time, so one copy of a variable serves them all. thread_local puts those of all kernels side
+// Blocks do not overlap in time, so one copy of a variable serves them all (those of a cluster do, and may have none). thread_local puts those of all kernels side
 // by side, where they can be poisoned and watched; AddressSanitizer guards the ends of plain ones only.
 #undef __shared__
 #if defined(EMU_SHARED_VARIABLES_KNOWN)
@@ -30,6 +30,8 @@
 #endif
 #undef __launch_bounds__
 #define __launch_bounds__(...)
+#undef __grid_constant__
+#define __grid_constant__
 
 // The built-in variables of the running thread.
 extern dim3 gridDim, blockDim;
@@ -38,23 +40,36 @@ inline constexpr int warpSize = 32;
 
 namespace sparseops_emulation {
 
-// Runs a grid; throws Error.
-void run_grid(dim3 grid, dim3 block, std::size_t shared_bytes, const std::function<void()>& thread);
+// Runs a grid, its blocks in clusters along x; throws Error.
+void run_grid(dim3 grid, dim3 block, std::size_t shared_bytes, unsigned cluster, const std::function<void()>& thread);
 // The same for host code that expects CUDA's ways: an error code, of which cudaGetErrorString knows the text.
-cudaError_t launch_grid(dim3 grid, dim3 block, std::size_t shared_bytes, const std::function<void()>& thread);
+cudaError_t launch_grid(dim3 grid, dim3 block, std::size_t shared_bytes, unsigned cluster,
+                        const std::function<void()>& thread);
+
+template <class... Parameters, class... Arguments>
+void run_cluster(void (*kernel)(Parameters...), dim3 grid, dim3 block, std::size_t shared_bytes, unsigned cluster,
+                 const Arguments&... arguments) {
+  const std::tuple<Parameters...> parameters(arguments...);
+  run_grid(grid, block, shared_bytes, cluster, [&] { std::apply(kernel, parameters); });
+}
 
 template <class... Parameters, class... Arguments>
 void run(void (*kernel)(Parameters...), dim3 grid, dim3 block, std::size_t shared_bytes,
          const Arguments&... arguments) {
+  run_cluster(kernel, grid, block, shared_bytes, 1, arguments...);
+}
+
+template <class... Parameters, class... Arguments>
+cudaError_t launch_cluster(void (*kernel)(Parameters...), dim3 grid, dim3 block, std::size_t shared_bytes,
+                           unsigned cluster, const Arguments&... arguments) {
   const std::tuple<Parameters...> parameters(arguments...);
-  run_grid(grid, block, shared_bytes, [&] { std::apply(kernel, parameters); });
+  return launch_grid(grid, block, shared_bytes, cluster, [&] { std::apply(kernel, parameters); });
 }
 
 template <class... Parameters, class... Arguments>
 cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, std::size_t shared_bytes,
                    const Arguments&... arguments) {
-  const std::tuple<Parameters...> parameters(arguments...);
-  return launch_grid(grid, block, shared_bytes, [&] { std::apply(kernel, parameters); });
+  return launch_cluster(kernel, grid, block, shared_bytes, 1, arguments...);
 }
 
 // ---- behind the functions below

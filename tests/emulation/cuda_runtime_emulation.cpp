@@ -1,7 +1,9 @@
-// The functions of the CUDA runtime that csrc/cuda and the tests here call, for one emulated device of compute
-// capability 8.0.
+// The functions of the CUDA runtime that csrc/cuda and the tests here call, for one emulated device. Its compute
+// capability is EMU_CAPABILITY: 8.0, or 9.0.
 #include "cuda_runtime_emulation.h"
 
+#include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <set>
 #include <string>
@@ -21,15 +23,26 @@ cudaError_t fail_with(cudaError_t error, const std::string& text) {
   return last_error = error;
 }
 
-constexpr int kMultiprocessors = 108;
+struct Device {
+  int major, multiprocessors, shared_bytes;
+};
+
+Device emulated_device() {
+  const char* capability = std::getenv("EMU_CAPABILITY");
+  if (!capability || std::strcmp(capability, "8.0") == 0) return {8, 108, 163 * 1024};
+  if (std::strcmp(capability, "9.0") == 0) return {9, 132, 227 * 1024};
+  std::fprintf(stderr, "EMU_CAPABILITY must be 8.0 or 9.0, got %s\n", capability);
+  std::exit(2);
+}
 
 }  // namespace
 
 namespace sparseops_emulation {
 
-cudaError_t launch_grid(dim3 grid, dim3 block, std::size_t shared_bytes, const std::function<void()>& thread) {
+cudaError_t launch_grid(dim3 grid, dim3 block, std::size_t shared_bytes, unsigned cluster,
+                        const std::function<void()>& thread) {
   try {
-    run_grid(grid, block, shared_bytes, thread);
+    run_grid(grid, block, shared_bytes, cluster, thread);
     return cudaSuccess;
   } catch (const Refused& refused) {
     return fail_with(cudaErrorInvalidConfiguration, refused.what());
@@ -88,16 +101,16 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int dev
   if (device != 0) return last_error = cudaErrorInvalidDevice;
   switch (attribute) {
     case cudaDevAttrComputeCapabilityMajor:
-      *value = 8;
+      *value = emulated_device().major;
       return cudaSuccess;
     case cudaDevAttrComputeCapabilityMinor:
       *value = 0;
       return cudaSuccess;
     case cudaDevAttrMultiProcessorCount:
-      *value = kMultiprocessors;
+      *value = emulated_device().multiprocessors;
       return cudaSuccess;
     case cudaDevAttrMaxSharedMemoryPerBlockOptin:
-      *value = static_cast<int>(sparseops_emulation::kMaxSharedBytes);
+      *value = emulated_device().shared_bytes;
       return cudaSuccess;
     case cudaDevAttrMaxSharedMemoryPerBlock:
       *value = 48 * 1024;
@@ -110,17 +123,16 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int dev
 cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute attribute, int value) {
   if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize)
     return fail_with(cudaErrorInvalidValue, "cudaFuncSetAttribute: the emulator does not know this attribute");
-  return value <= static_cast<int>(sparseops_emulation::kMaxSharedBytes) ? cudaSuccess
-                                                                         : last_error = cudaErrorInvalidValue;
+  return value <= emulated_device().shared_bytes ? cudaSuccess : last_error = cudaErrorInvalidValue;
 }
 
 cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int device) {
   if (device != 0) return last_error = cudaErrorInvalidDevice;
   *properties = {};
   std::strcpy(properties->name, "the emulator");
-  properties->major = 8;
+  properties->major = emulated_device().major;
   properties->minor = 0;
-  properties->multiProcessorCount = kMultiprocessors;
+  properties->multiProcessorCount = emulated_device().multiprocessors;
   return cudaSuccess;
 }
 

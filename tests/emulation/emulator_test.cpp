@@ -260,21 +260,38 @@ void launches(emu::Tests& tests) {
                                              {dim3(1), dim3(0), 0},
                                              {dim3(0), dim3(1), 0},
                                              {dim3(1, 65536), dim3(1), 0},
-                                             {dim3(1), dim3(1), 163 * 1024 + 1}})
+                                             {dim3(1), dim3(1), 227 * 1024 + 1}})
       expect(launch(skip_a_barrier, grid, block, size_t(bytes), nullptr), cudaErrorInvalidConfiguration, " must ");
-    expect(launch(skip_a_barrier, 1, 64, 163 * 1024, nullptr), cudaSuccess, "no error");
+    expect(launch(skip_a_barrier, 1, 64, 227 * 1024, nullptr), cudaSuccess, "no error");
   });
-  tests.run("one device of compute capability 8.0", [] {
+  const auto expect_device = [](const char* capability, int major, int multiprocessors, int shared_bytes) {
+    setenv("EMU_CAPABILITY", capability, 1);
+    int value = 0;
+    for (const auto& [attribute, expected] : {std::pair{cudaDevAttrComputeCapabilityMajor, major},
+                                              {cudaDevAttrComputeCapabilityMinor, 0},
+                                              {cudaDevAttrMultiProcessorCount, multiprocessors},
+                                              {cudaDevAttrMaxSharedMemoryPerBlockOptin, shared_bytes}})
+      emu::require(cudaDeviceGetAttribute(&value, attribute, 0) == cudaSuccess && value == expected ? nullptr
+                                                                                                    : "attribute");
+    const auto allow = [](int bytes) {
+      return cudaFuncSetAttribute(reinterpret_cast<const void*>(skip_a_barrier),
+                                  cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    };
+    emu::require(allow(shared_bytes) == cudaSuccess ? nullptr : "as much shared memory as there is");
+    emu::require(allow(shared_bytes + 1) == cudaErrorInvalidValue ? nullptr : "more shared memory than there is");
+    cudaGetLastError();
+    unsetenv("EMU_CAPABILITY");
+  };
+  tests.run("one device", [=] {
     int value = 0;
     emu::require(cudaGetDeviceCount(&value) == cudaSuccess && value == 1 ? nullptr : "cudaGetDeviceCount");
     emu::require(cudaSetDevice(1) == cudaErrorInvalidDevice ? nullptr : "cudaSetDevice(1)");
     cudaGetLastError();
-    for (const auto& [attribute, expected] : {std::pair{cudaDevAttrComputeCapabilityMajor, 8},
-                                              {cudaDevAttrComputeCapabilityMinor, 0},
-                                              {cudaDevAttrMultiProcessorCount, 108},
-                                              {cudaDevAttrMaxSharedMemoryPerBlockOptin, 163 * 1024}})
-      emu::require(cudaDeviceGetAttribute(&value, attribute, 0) == cudaSuccess && value == expected ? nullptr
-                                                                                                    : "attribute");
+    expect_device("8.0", 8, 108, 163 * 1024);
+    expect_device("9.0", 9, 132, 227 * 1024);
+    emu::require(cudaDeviceGetAttribute(&value, cudaDevAttrComputeCapabilityMajor, 0) == cudaSuccess && value == 8
+                     ? nullptr
+                     : "8.0 is not what is emulated if nobody asks");
   });
 }
 

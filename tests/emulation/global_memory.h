@@ -6,13 +6,14 @@
 
 namespace sparseops_emulation::memory {
 
-// "Thread `thread` of block `block` did this at its own time `clock`." Time 0 is never.
+// "Thread `thread` did this at its own time `clock`." Time 0 is never.
 struct Epoch {
   const void* site = nullptr;
   std::uint32_t clock = 0;
-  std::uint32_t block = 0;
-  std::uint16_t thread = 0;
+  std::uint32_t block = 0;   // the first of those that ran together
+  std::uint16_t thread = 0;  // of them all; those past the last are units of the hardware beside them
   bool atomic = false;
+  bool by_task = false;  // of such a unit
 };
 
 // A read by another block than that of `read` is kept too: most buffers are only read, by all blocks in turn.

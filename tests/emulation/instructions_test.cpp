@@ -1,120 +1,13 @@
 // The emulated instructions against the documents: fragment layouts, metadata, zero fill, addresses.
 #include "cuda/ptx.cuh"
+#include "reference_matrices.h"
 #include "test_support.h"
 
 using namespace sparseops;
+using emu::a16, emu::a8, emu::b16, emu::b8, emu::d32, emu::Place, emu::fragment;
+using emu::Matrix, emu::matrix, emu::Sparse, emu::random_matrix;
 
 namespace {
-
-// Register layouts written down as the manual gives them, apart from the emulator's own code. Registers of a warp are
-// [lane][register].
-struct Place {
-  int row, column;
-};
-// The 16-bit A of m16n8k16, and the compressed A of m16n8k32: element e of a lane's eight.
-Place a16(int lane, int e) {
-  return {lane / 4 + (e == 2 || e == 3 || e > 5 ? 8 : 0), lane % 4 * 2 + e % 2 + (e > 3 ? 8 : 0)};
-}
-Place b16(int lane, int e) { return {e / 2 * 8 + lane % 4 * 2 + e % 2, lane / 4}; }
-Place a8(int lane, int e) {
-  return {lane / 4 + (e / 4 == 1 || e / 4 == 3 ? 8 : 0), lane % 4 * 4 + e % 4 + (e > 7 ? 16 : 0)};
-}
-Place b8(int lane, int e) { return {e / 4 * 16 + lane % 4 * 4 + e % 4, lane / 4}; }
-Place d32(int lane, int i) { return {lane / 4 + (i > 1 ? 8 : 0), lane % 4 * 2 + i % 2}; }
-
-template <class T>
-uint32_t bits_of(T v) {
-  uint32_t bits = 0;
-  std::memcpy(&bits, &v, sizeof v);
-  return bits;
-}
-
-template <class T>
-using Matrix = std::vector<std::vector<T>>;
-template <class T>
-Matrix<T> matrix(int rows, int columns) {
-  return Matrix<T>(rows, std::vector<T>(columns));
-}
-
-// `matrix` in the registers of a warp.
-template <class T, class Layout>
-emu::Buffer<uint32_t> fragment(const Matrix<T>& matrix, int registers, Layout layout) {
-  constexpr int kOfRegister = 4 / sizeof(T);
-  emu::Buffer<uint32_t> fragment(32 * registers, 0);
-  for (int lane = 0; lane < 32; ++lane)
-    for (int e = 0; e < registers * kOfRegister; ++e) {
-      const Place place = layout(lane, e);
-      fragment[lane * registers + e / kOfRegister] |= bits_of(matrix[place.row][place.column])
-                                                      << 8 * sizeof(T) * (e % kOfRegister);
-    }
-  return fragment;
-}
-
-// ---- a 16-row matrix that keeps two of four
-
-struct Sparse {
-  int columns;
-  std::vector<std::vector<unsigned>> nibble;  // [16][columns / 4]
-};
-
-// The worked example of the documents: row r, group j keeps pair r + j of six.
-constexpr unsigned kPairs[] = {0x4, 0x8, 0xc, 0x9, 0xd, 0xe};
-Sparse worked_example(int columns) {
-  Sparse s{columns, std::vector(16, std::vector<unsigned>(columns / 4))};
-  for (int r = 0; r < 16; ++r)
-    for (int j = 0; j < columns / 4; ++j) s.nibble[r][j] = kPairs[(r + j) % 6];
-  return s;
-}
-Sparse random_pattern(int columns, emu::Random& random) {
-  Sparse s{columns, std::vector(16, std::vector<unsigned>(columns / 4))};
-  for (auto& row : s.nibble)
-    for (unsigned& nibble : row) nibble = kPairs[random.below(6)];
-  return s;
-}
-
-// The metadata of m16n8k32, which only lanes with t = 2 * selector and 2 * selector + 1 hold; others hold `elsewhere`.
-emu::Buffer<uint32_t> metadata16(const Sparse& s, int selector, uint32_t elsewhere) {
-  emu::Buffer<uint32_t> words(32, elsewhere);
-  for (int g = 0; g < 8; ++g)
-    for (int q = 0; q < 2; ++q) {
-      uint32_t word = 0;
-      for (int j = 0; j < 4; ++j) {
-        word |= s.nibble[g][4 * q + j] << 4 * j;
-        word |= s.nibble[g + 8][4 * q + j] << (16 + 4 * j);
-      }
-      words[4 * g + 2 * selector + q] = word;
-    }
-  return words;
-}
-
-emu::Buffer<uint32_t> metadata8(const Sparse& s) {
-  emu::Buffer<uint32_t> words(32, 0);
-  for (int lane = 0; lane < 32; ++lane)
-    for (int j = 0; j < 8; ++j) words[lane] |= s.nibble[lane / 4 + lane % 2 * 8][lane % 4 / 2 * 8 + j] << 4 * j;
-  return words;
-}
-
-// sum_k dense[i][k] * b[k][j] in `Sum`, where dense holds the compressed values at the columns that the pattern keeps.
-template <class Sum, class T>
-Matrix<Sum> product(const Sparse& s, const Matrix<T>& compressed, const Matrix<T>& b) {
-  auto sum = matrix<Sum>(16, 8);
-  for (int i = 0; i < 16; ++i)
-    for (int j = 0; j < 8; ++j)
-      for (int c = 0; c < s.columns / 2; ++c) {
-        const unsigned nibble = s.nibble[i][c / 2];
-        const int k = c / 2 * 4 + int(c % 2 ? nibble >> 2 : nibble & 3);
-        sum[i][j] += Sum(emu::to_double(compressed[i][c])) * Sum(emu::to_double(b[k][j]));
-      }
-  return sum;
-}
-
-template <class T>
-Matrix<T> random_matrix(int rows, int columns, emu::Random& random) {
-  auto m = matrix<T>(rows, columns);
-  for (auto& row : m)
-    for (T& v : row) v = random.number<T>();
-  return m;
-}
 
 template <class D, class Sum>
 void expect_accumulated(const emu::Buffer<D>& d, const Matrix<Sum>& sum, D before) {
@@ -184,11 +77,6 @@ void sparse8(const Sparse& s, const emu::Buffer<uint32_t>& metadata, emu::Random
   expect_accumulated(d, product<int64_t>(s, a, b), 7);
 }
 
-void expect_words(const emu::Buffer<uint32_t>& got, const std::vector<std::pair<int, uint32_t>>& expected) {
-  for (const auto& [lane, word] : expected)
-    if (got[lane] != word) throw emu::Error("the metadata of lane " + std::to_string(lane) + " is not the documents'");
-}
-
 template <class T>
 void matrices(emu::Tests& tests, const char* type) {
   constexpr uint32_t kInvalid = 0xffffffff;  // in the lanes that must not matter
@@ -198,7 +86,7 @@ void matrices(emu::Tests& tests, const char* type) {
   });
   tests.run("%s sparse m16n8k32, worked example", type, [] {
     emu::Random random(2);
-    const Sparse s = worked_example(32);
+    const Sparse s = emu::worked_example(16, 32);
     const auto metadata = metadata16(s, 0, kInvalid);
     expect_words(metadata, {{0, 0xED9C9C84}, {1, 0x9C8484ED}, {4, 0x4ED9D9C8}, {5, 0xD9C8C84E}});
     sparse16<T, 0>(s, metadata, random);
@@ -207,20 +95,20 @@ void matrices(emu::Tests& tests, const char* type) {
   tests.run("%s sparse m16n8k32, random", type, [] {
     emu::Random random(3);
     for (int i = 0; i < 20; ++i) {
-      const Sparse s = random_pattern(32, random);
+      const Sparse s = random_pattern(16, 32, random);
       sparse16<T, 0>(s, metadata16(s, 0, kInvalid), random);
       sparse16<T, 1>(s, metadata16(s, 1, kInvalid), random);
     }
   });
   tests.run("%s sparse m16n8k32, the other selector", type, [] {
     emu::Random random(4);
-    const Sparse s = random_pattern(32, random);
+    const Sparse s = random_pattern(16, 32, random);
     emu::expect_error("is not two rising columns", [&] { sparse16<T, 0>(s, metadata16(s, 1, kInvalid), random); });
     emu::expect_error("wrong", [&] { sparse16<T, 0>(s, metadata16(s, 1, 0x44444444), random); });
   });
   tests.run("%s sparse m16n8k32, metadata that means nothing", type, [] {
     emu::Random random(5);
-    const Sparse s = random_pattern(32, random);
+    const Sparse s = random_pattern(16, 32, random);
     for (const uint32_t nibble : {0x0, 0x1, 0x2, 0x3, 0x5, 0x6, 0x7, 0xa, 0xb, 0xf})
       for (const int shift : {0, 12, 16, 28}) {
         auto metadata = metadata16(s, 0, kInvalid);
@@ -233,7 +121,7 @@ void matrices(emu::Tests& tests, const char* type) {
 void bytes(emu::Tests& tests) {
   tests.run("s8 sparse m16n8k64, worked example", [] {
     emu::Random random(6);
-    const Sparse s = worked_example(64);
+    const Sparse s = emu::worked_example(16, 64);
     const auto metadata = metadata8(s);
     expect_words(metadata, {{0, 0x84ED9C84},
                             {1, 0x9C84ED9C},
@@ -248,13 +136,13 @@ void bytes(emu::Tests& tests) {
   tests.run("s8 sparse m16n8k64, random", [] {
     emu::Random random(7);
     for (int i = 0; i < 20; ++i) {
-      const Sparse s = random_pattern(64, random);
+      const Sparse s = random_pattern(16, 64, random);
       sparse8(s, metadata8(s), random);
     }
   });
   tests.run("s8 sparse m16n8k64, metadata that means nothing", [] {
     emu::Random random(8);
-    const Sparse s = random_pattern(64, random);
+    const Sparse s = random_pattern(16, 64, random);
     auto metadata = metadata8(s);
     metadata[30] &= ~0xfu;
     emu::expect_error("the metadata of lane 30", [&] { sparse8(s, metadata, random); });

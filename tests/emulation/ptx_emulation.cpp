@@ -1,68 +1,15 @@
 // See ptx_emulation.h. Lanes are numbered as in the PTX manual: lane = 4g + t.
 #include "ptx_emulation.h"
 
-#include <bit>
 #include <cstring>
 
 #include "block.h"
+#include "number_formats.h"
+#include "shared_memory.h"
 
 namespace sparseops_emulation {
 
 using memory::Access;
-
-namespace {
-
-// ---- addresses
-
-// Dynamic shared memory does not begin at 0, so that an address without its base fails. __shared__ variables lie far
-// from it, at their distance from an anchor.
-constexpr std::uint32_t kDynamicBase = 1024;
-constexpr std::uint32_t kVariables = 0x80000000;
-constexpr std::ptrdiff_t kReach = 1 << 30;
-const std::byte anchor{};
-
-const std::byte* variables_anchor() {
-  const std::byte* begin = shared_variables().begin;
-  return begin ? begin : &anchor;
-}
-
-std::byte* shared_pointer(std::uint32_t address, unsigned bytes, const char* what) {
-  Block& b = block();
-  if (address % bytes) b.fail("%s: the shared address 0x%x is no multiple of %u", what, address, bytes);
-  if (address >= kVariables - kReach) {
-    const auto p = const_cast<std::byte*>(variables_anchor() + (std::ptrdiff_t{address} - std::ptrdiff_t{kVariables}));
-    if (shared_variables().begin && !shared_variables().holds(p, bytes))
-      b.fail("%s: the shared address 0x%x lies outside the __shared__ variables", what, address);
-    return p;
-  }
-  if (address < kDynamicBase || address + bytes > kDynamicBase + b.shared_bytes())
-    b.fail("%s: the shared address 0x%x lies outside the %zu bytes of dynamic shared memory from 0x%x", what, address,
-           b.shared_bytes(), kDynamicBase);
-  return b.dynamic_shared() + (address - kDynamicBase);
-}
-
-void require_global(const void* address, unsigned bytes, unsigned alignment, const char* what) {
-  if (reinterpret_cast<std::uintptr_t>(address) % alignment)
-    block().fail("%s: the global address %p is no multiple of %u", what, address, alignment);
-  if (!memory::is_global(address, bytes))
-    block().fail("%s: %u bytes at %p lie outside every global buffer", what, bytes, address);
-}
-
-}  // namespace
-
-unsigned char* dynamic_shared() { return reinterpret_cast<unsigned char*>(block().dynamic_shared()); }
-
-std::uint32_t shared_address(const void* pointer) {
-  Block& b = block();
-  const auto p = static_cast<const std::byte*>(pointer);
-  if (p >= b.dynamic_shared() && p <= b.dynamic_shared() + b.shared_bytes())
-    return kDynamicBase + static_cast<std::uint32_t>(p - b.dynamic_shared());
-  const std::ptrdiff_t distance = p - variables_anchor();
-  b.self().site = EMU_SITE;
-  if (distance <= -kReach || distance >= kReach || (shared_variables().begin && !shared_variables().holds(p, 0)))
-    b.fail("shared_address: %p does not lie in shared memory", pointer);
-  return kVariables + static_cast<std::uint32_t>(distance);
-}
 
 // ---- cp.async: PTX ISA 9.7.9.25.3
 //
@@ -75,7 +22,7 @@ void cp_async(std::uint32_t dst, const void* src, unsigned bytes, unsigned src_b
   if (src_bytes > bytes) b.fail("cp.async: %u source bytes for %u", src_bytes, bytes);
   // where nothing is read the manual demands nothing of src; that the address is valid is the rule of ptx.cuh
   require_global(src, std::max(src_bytes, 1u), bytes, "cp.async");
-  Copy copy{shared_pointer(dst, bytes, "cp.async"), {}, bytes, EMU_SITE};
+  Copy copy{shared_pointer(dst, bytes, bytes, "cp.async"), {}, bytes, EMU_SITE};
   if (src_bytes) memory::check(src, src_bytes, Access::read, EMU_SITE);
   if (src_bytes) memory::count(src, src_bytes, Access::read, EMU_SITE);
   memory::begin_copy(copy.destination, bytes, EMU_SITE);
@@ -111,9 +58,9 @@ void ldmatrix_x4(std::uint32_t (&r)[4], std::uint32_t row_address, bool transpos
   const void* site = EMU_SITE;
   Block& b = block();
   b.self().site = site;
-  lane.row = shared_pointer(row_address, 16, "ldmatrix");
+  lane.row = shared_pointer(row_address, 16, 16, "ldmatrix");
   memory::count(lane.row, 16, Access::read, site);
-  const unsigned first = b.self().id / 32 * 32, me = b.self().id;
+  const unsigned me = b.self().number, first = me - b.self().lane;
   b.meet(
       transposed ? "ldmatrix.trans" : "ldmatrix", ~0u, &lane,
       [=](const Lanes& lanes) {
@@ -141,17 +88,9 @@ void ldmatrix_x4(std::uint32_t (&r)[4], std::uint32_t row_address, bool transpos
 
 namespace {
 
-// The value of a 16-bit pattern, without branches: this is most of what a test's time goes into.
 template <class T>
 float value(std::uint32_t bits) {
-  bits &= 0xffff;
-  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
-    return std::bit_cast<float>(bits << 16);
-  } else {
-    const std::uint32_t special = (bits & 0x7c00) == 0x7c00 ? 0x7f800000u : 0u;  // infinity, NaN
-    const float magnitude = std::bit_cast<float>((bits & 0x7fff) << 13) * 0x1p112f;
-    return std::bit_cast<float>(std::bit_cast<std::uint32_t>(magnitude) | special | (bits & 0x8000) << 16);
-  }
+  return std::is_same_v<T, __nv_bfloat16> ? value_of_bf16(bits) : value_of_f16(bits);
 }
 
 template <class Accumulator>

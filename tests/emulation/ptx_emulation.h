@@ -2,11 +2,9 @@
 // that name, or fails; none guesses.
 #pragma once
 #include "cuda_emulation.h"
+#include "shared_memory.h"
 
 namespace sparseops_emulation {
-
-unsigned char* dynamic_shared();
-std::uint32_t shared_address(const void* pointer);
 
 void cp_async(std::uint32_t dst, const void* src, unsigned bytes, unsigned src_bytes);
 void cp_async_commit();

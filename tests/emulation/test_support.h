@@ -28,6 +28,7 @@
 // A kernel can be called without its host code too: include its .cuh and
 //
 //     emu::run(kernel<T>, grid, block, shared_bytes, arguments...);             // throws what went wrong
+//     emu::run_cluster(kernel<T>, grid, block, shared_bytes, cluster, arguments...);
 //
 // Then, with nm24_scale_test as an example:
 //
@@ -44,7 +45,9 @@
 //   - takes shared memory from ptx::dynamic_shared(), or declares `alignas(16) __shared__ T name[n]`, alignas first;
 //   - asks about types with `if constexpr`, never about __CUDA_ARCH__;
 //   - stores a vector as a whole, `*p = make_uint4(...)` or `*p = v`; `*p = {...}` would be counted as four stores;
-//   - has no thread wait for another block.
+//   - has no thread wait for another block, but for those of its cluster;
+//   - has no __shared__ variables if it is launched in clusters: there is one copy for all blocks, and the race build
+//     alone notices.
 #pragma once
 #include <cmath>
 #include <cstdio>

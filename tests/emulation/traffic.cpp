@@ -94,7 +94,9 @@ void end_traffic() {
 }
 
 void count(const void* address, std::size_t bytes, Access access, const void* site_address) {
-  const bool shared = shared_memory.dynamic.holds(address, bytes) || shared_memory.variables.holds(address, bytes);
+  const auto holds = [&](const Range& range) { return range.holds(address, bytes); };
+  const bool shared =
+      holds(shared_memory.variables) || std::any_of(shared_memory.dynamic.begin(), shared_memory.dynamic.end(), holds);
   if (bytes == 0 || (!shared && !find_global(address))) return;
   const bool store = access == Access::write || access == Access::atomic;
   const auto [it, _] = sites.try_emplace({site_address, shared}, Site{shared, store, bytes, {}, {}});
