@@ -131,7 +131,8 @@ def test_every_kernel_has_a_test():
 @needs_emulator
 def test_headers_come_from_the_wheels_where_there_is_no_toolkit(monkeypatch, tmp_path):
     headers = tmp_path / "nvidia" / "cu13" / "include"
-    for name in ("cuda_runtime.h", "cuda_fp16.h", "cuda_bf16.h", "crt/host_defines.h", "nv/target"):
+    names = ("cuda_runtime.h", "cuda.h", "cudaTypedefs.h", "cuda_fp8.h", "crt/host_defines.h", "nv/target")
+    for name in names:
         (headers / name).parent.mkdir(parents=True, exist_ok=True)
         (headers / name).touch()
     monkeypatch.setattr(build.toolchain, "system_nvcc", lambda: (None, "no nvcc was found"))

@@ -91,7 +91,7 @@ def cuda_include() -> Path:
     folders = [nvcc.root() / "include"] if nvcc else []
     for folder in wheel_folders():
         folders += sorted(folder.glob("cu[0-9]*/include"), reverse=True)
-    needed = ("cuda_runtime.h", "cuda_fp16.h", "cuda_bf16.h", "crt/host_defines.h", "nv/target")
+    needed = ("cuda_runtime.h", "cuda.h", "cudaTypedefs.h", "cuda_fp8.h", "crt/host_defines.h", "nv/target")
     for folder in folders:
         if all((folder / name).exists() for name in needed):
             return folder
@@ -160,7 +160,7 @@ class Writer:
     def kernel(self, source: Path, build: str) -> str:
         # nvcc includes its runtime before everything, and we the emulator's, precompiled
         flags = f"{self.kernel_flags(build)} -I{build} -include cuda_emulation.h -x c++"
-        flags += " '-DSPARSEOPS_CUDA_ARCHS=\"80\"'"
+        flags += " '-DSPARSEOPS_CUDA_ARCHS=\"80;90a\"'"
         return self.compile(source, build, flags, f" | {build}/cuda_emulation.h.gch")
 
     def kernel_flags(self, build: str) -> str:

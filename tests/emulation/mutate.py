@@ -27,7 +27,7 @@ from pathlib import Path
 TREE = Path(__file__).resolve().parent.parent.parent
 PAGE = TREE / "docs" / "kernels.md"
 EQUIVALENT = Path(__file__).with_name("equivalent_mutants.txt")
-COPIED = ("csrc", "tests/emulation", "build_backend")
+COPIED = ("csrc", "tests/emulation", "build_backend", "benchmarks")  # benchmarks: one of the programs
 SECONDS = 120  # a test that takes longer no longer ends
 
 # The files in which a kernel's test has to find mutants; those that two kernels share belong to the first.
