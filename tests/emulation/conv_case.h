@@ -32,6 +32,7 @@ struct Options {
   Activation activation = Activation::none;
   bool bias = true, residual = false;
   int cluster = 1, blocks = 2;
+  int nan_pixel = -1;  // one that is not a number
 };
 
 inline int64_t out_size(int64_t size, int64_t kernel, int64_t stride, int64_t pad, int64_t dilation, int64_t more) {
@@ -47,7 +48,8 @@ void convolve(const Shape& s, const Options& options) {
   const int64_t tokens = s.batch * out_h * out_w;
   emu::Random random(rows * 1009 + channels * 31 + out_w);
   const emu::Weight<T> w(rows, cols, random, s.groups);
-  const emu::Buffer<T> x = random.normal<T>(s.batch * s.image.h * s.image.w * channels);
+  emu::Buffer<T> x = random.normal<T>(s.batch * s.image.h * s.image.w * channels);
+  for (int64_t c = 0; options.nan_pixel >= 0 && c < channels; ++c) x[options.nan_pixel * channels + c] = T(NAN);
   const emu::Buffer<out_t> bias = random.normal<out_t>(rows), residual = random.normal<out_t>(tokens * rows);
   emu::Buffer<out_t> y(tokens * rows);
 
@@ -90,9 +92,11 @@ void convolve(const Shape& s, const Options& options) {
         const int64_t h = p * s.stride.h + r * s.dilation.h - s.pad.h, u = q * s.stride.w + v * s.dilation.w - s.pad.w;
         if (h < 0 || h >= s.image.h || u < 0 || u >= s.image.w) continue;
         for (int64_t c = 0; c < s.channels; ++c) {
+          const double weight = w.dense[o * cols + (r * s.kernel.w + v) * s.channels + c];
+          if (weight == 0) continue;  // or meets a NaN that no kernel reads
           const double term =
-              emu::to_double(x[((n * s.image.h + h) * s.image.w + u) * channels + o / s.rows * s.channels + c]) *
-              w.dense[o * cols + (r * s.kernel.w + v) * s.channels + c];
+              weight *
+              emu::to_double(x[((n * s.image.h + h) * s.image.w + u) * channels + o / s.rows * s.channels + c]);
           sum += term;
           terms += std::fabs(term);
         }

@@ -72,6 +72,10 @@ int main(int argc, char** argv) {
       convolve<__half, __half>({.image = {7, 9}, .channels = 64, .rows = 136},
                                {.tile = k64, .splits = splits, .cluster = 2, .blocks = 4});
     });
+  half("a split that begins at the 72nd tap",
+       {.image = {9, 9}, .channels = 64, .rows = 8, .kernel = {9, 9}, .pad = {4, 4}}, {.splits = 5});
+  // Half a stage lies past the last tap; there a fourth row of taps would reach the NaN from the row of pixels above.
+  half("a pixel that is no number", {.image = {6, 5}, .channels = 64}, {.nan_pixel = 3 * 5 + 2});
   tests.run("bf16 to f32, residual, silu", [=] {
     convolve<__nv_bfloat16, float>({.batch = 2, .image = {9, 8}, .channels = 64, .rows = 132},
                                    {.tile = k64, .residual = true});
