@@ -135,7 +135,7 @@ struct FeatureTerms {
 template <Activation kActivation>
 SPARSEOPS_DEVICE float activate_as(float z, Activation activation) {
   if constexpr (kActivation == Activation::silu) return __fdividef(z, 1 + __expf(-z));
-  if constexpr (kActivation == Activation::gelu) return 0.5f * z * (1 + erff(z * 0.70710678f));
+  if constexpr (kActivation == Activation::gelu) return activate(z, Activation::gelu);
   return activation == Activation::relu && z < 0 ? 0.f : z;
 }
 

@@ -12,7 +12,7 @@ const char* launch_linear_tile(const CudaNM24Linear& op, const CudaPlan& plan) {
   constexpr int kElement = sizeof(typename Tile::element_t);
   if (const char* refused = refuse_sm90<Tile>(op.weight, op.epilogue, plan, op.tokens)) return refused;
   if (op.tokens > 1 && op.x_stride < op.in_features) return "nm24_linear: rows of x must not overlap";
-  Sm90Product product;
+  Sm90Product product{};
   if (const char* error = describe_product<Tile>(&product, op.weight, op.epilogue, plan, op.dtype, op.y, op.tokens))
     return error;
   Sm90Rows x;

@@ -10,7 +10,7 @@
 
 namespace sparseops {
 
-// Calls f(Tile{}) with the tile of this shape; null where there is none for these elements.
+// f(Tile{}) with the tile of this shape, or a text where there is none for these elements.
 template <class element_t, class F>
 const char* with_sm90_tile(TileShape shape, F f) {
   switch (shape) {
@@ -66,11 +66,12 @@ const char* describe_product(Sm90Product* product, const CudaWeight& weight, con
   if (const char* error =
           encode_matrix(&product->values, dtype, weight.values, kept, weight.rows, kept * kElement, Tile::kFeatures))
     return error;
-  const void* residual = epilogue.residual ? epilogue.residual : y;
-  if (const char* error =
-          encode_matrix(&product->residual, epilogue.dtype, residual, weight.rows, tokens, y_stride, box_tokens))
-    return error;
-  return encode_matrix(&product->y, epilogue.dtype, y, weight.rows, tokens, y_stride, box_tokens);
+  const auto describe = [&](CUtensorMap* map, const void* data) {
+    return encode_matrix(map, epilogue.dtype, data, weight.rows, tokens, y_stride, box_tokens);
+  };
+  if (epilogue.residual)
+    if (const char* error = describe(&product->residual, epilogue.residual)) return error;
+  return describe(&product->y, y);
 }
 
 template <class Tile, class Activations>

@@ -27,7 +27,7 @@ template <class Tile>
 const char* launch_conv_tile(const CudaNM24Conv& op, const CudaPlan& plan) {
   const int64_t tokens = op.batch * op.out_height * op.out_width;
   if (const char* refused = refuse_sm90<Tile>(op.weight, op.epilogue, plan, tokens)) return refused;
-  Sm90Product product;
+  Sm90Product product{};
   if (const char* error = describe_product<Tile>(&product, op.weight, op.epilogue, plan, op.dtype, op.y, tokens))
     return error;
   Sm90Pixels x;
