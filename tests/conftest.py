@@ -257,3 +257,19 @@ def program(folder: Path, name: str, text: str) -> Path:
     file.write_text(f"#!/bin/bash\n{text}\n")
     file.chmod(0o755)
     return file
+
+
+@pytest.fixture
+def whole_f32():
+    """No TF32 in torch's convolutions, which serve float32 here."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    yield
+    torch.backends.cudnn.allow_tf32 = before
+
+
+@pytest.fixture
+def native(monkeypatch):
+    module = Native(_native.C)
+    monkeypatch.setattr(_native, "C", module)
+    return module

@@ -19,7 +19,6 @@ from conftest import (
     RUNS_SM90,
     SMOOTH_CASES,
     Dispatched,
-    Native,
     assert_gpu_result,
     byte_inputs,
     call_on_gpu,
@@ -39,25 +38,13 @@ from sparseops.ops import REGISTRY, cuda, derived, registry
 from sparseops.ops.common import make_bias, make_weight
 from sparseops.testing import Expected, assert_close, expect, expect_grads, grads
 
-pytestmark = [pytest.mark.cuda, pytest.mark.skipif(GPU is None, reason="there is no GPU")]
+pytestmark = [
+    pytest.mark.cuda,
+    pytest.mark.usefixtures("whole_f32"),
+    pytest.mark.skipif(GPU is None, reason="there is no GPU"),
+]
 
 FEW = [c for c in CASES if c.values[0] in PRODUCTS and c.values[1].name in ("tail", "vector", "gelu")]
-
-
-@pytest.fixture(autouse=True)
-def whole_f32():
-    """No TF32 in torch's convolutions, which serve float32 here."""
-    before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
-    yield
-    torch.backends.cudnn.allow_tf32 = before
-
-
-@pytest.fixture
-def native(monkeypatch):
-    module = Native(_native.C)
-    monkeypatch.setattr(_native, "C", module)
-    return module
 
 
 @pytest.mark.filterwarnings("ignore:.*plain torch reference")

@@ -15,7 +15,6 @@ from conftest import (
     LINEAR,
     PRODUCTS,
     RUNS_SM90,
-    Native,
     assert_gpu_result,
     byte_inputs,
     call_on_gpu,
@@ -30,23 +29,11 @@ from sparseops import SparseLinear, _native
 from sparseops.ops import cuda, derived, dispatch, registry
 from sparseops.ops.common import make_bias, make_weight
 
-pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not RUNS_SM90, reason="there is no GPU with wgmma.sp")]
-
-
-@pytest.fixture(autouse=True)
-def whole_f32():
-    """No TF32 in torch's convolutions, which serve float32 here."""
-    before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
-    yield
-    torch.backends.cudnn.allow_tf32 = before
-
-
-@pytest.fixture
-def native(monkeypatch):
-    module = Native(_native.C)
-    monkeypatch.setattr(_native, "C", module)
-    return module
+pytestmark = [
+    pytest.mark.cuda,
+    pytest.mark.usefixtures("whole_f32"),
+    pytest.mark.skipif(not RUNS_SM90, reason="there is no GPU with wgmma.sp"),
+]
 
 
 # rows that end inside of a tile, and of a pair of them; blocks that take several tiles or splits

@@ -440,7 +440,7 @@ def test_what_is_allowed_in_a_main_loop_of_sm_90a() -> None:
         ("ptxas info    : (C7512) Potential Performance Loss: wgmma.mma_async serialized", True),
         ("ptxas info    : (C7515) Potential Performance Loss: wgmma.mma_async serialized", True),
         ("ptxas info    : (C7517) warpgroup.wait is injected in around line 230 by compiler", True),
-        ("ptxas /tmp/a.ptx, line 9; warning : Instruction 'mma.sp' without '::ordered_metadata'", True),
+        ("ptxas a.ptx, line 9; warning : Instruction 'mma.sp' without '::ordered_metadata'", True),
         ("ptxas warning : Value of threads per SM for entry x is out of range", True),
         ("ptxas info    : Used 168 registers, used 1 barriers, 520 bytes cmem[0]", False),
         ("a.cu(3): warning #177-D: variable was declared but never referenced", False),
