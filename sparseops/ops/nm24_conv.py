@@ -19,7 +19,7 @@ from torch import Tensor
 
 from sparseops import _native
 from sparseops.formats.nm24 import expand, gather, pack_columns, unpack_columns
-from sparseops.ops import cuda, dispatch, registry
+from sparseops.ops import cuda, cuda_conv, registry
 from sparseops.ops.common import (
     ACTIVATIONS,
     activate,
@@ -43,7 +43,6 @@ from sparseops.ops.conv_geometry import (
     no_wgmma_reason,
     output_size,
     pair,
-    pixels_of,
 )
 from sparseops.ops.nm24_to_dense import expanded
 
@@ -172,71 +171,6 @@ def _kernel(
     return y
 
 
-def _cuda_kernel(
-    x: Tensor,
-    values: Tensor,
-    meta: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    geometry: Geometry,
-    activation: str,
-    output: tuple[int, int],
-) -> Tensor:
-    """Run the CUDA kernel, which has channels last everywhere, on checked tensors."""
-    batch, _, height, width = x.shape
-    rows, kept = values.shape
-    kernel_size, stride, (top, _, left, _), dilation, groups = geometry
-    channels_last = is_channels_last(x)
-    y = empty_output(x, (batch, rows, *output), True)
-    if not (batch and rows):
-        return empty_output(x, (*y.shape,), channels_last)
-    pixels = cuda.aligned(pixels_of(x.bfloat16() if x.dtype is torch.float32 else x, groups))
-    channels = pixels.shape[-1]
-    stored = cuda.weight(values, meta, groups)
-    product = dispatch.Product(batch * output[0] * output[1], rows, kept * 2, groups)
-    tiles = ("small",) if channels // groups % 8 else dispatch.CONV_TILES
-    no_wgmma = cuda.no_wgmma_reason(x, rows, y.dtype)
-    no_wgmma = no_wgmma or no_wgmma_reason(channels, groups, geometry, (height, width), output)
-    blocks = cuda.multiprocessors(x.device)
-    plan = dispatch.plan(NAME, product, blocks, cuda.allowed(tiles, no_wgmma))
-    partials, counters = cuda.workspace(plan, x.device)
-    bias = None if bias is None else cuda.aligned(bias)
-    residual = None if residual is None else cuda.aligned(residual.permute(0, 2, 3, 1))
-    _native.require(NAME).nm24_conv_cuda(
-        pixels.data_ptr(),
-        stored.values.data_ptr(),
-        stored.slabs.data_ptr(),
-        rows,
-        kept * 2,
-        stored.slab_rows,
-        cuda.address(bias),
-        cuda.address(residual),
-        registry.KERNEL_DTYPES[y.dtype],
-        ACTIVATIONS[activation],
-        y.data_ptr(),
-        batch,
-        channels,
-        height,
-        width,
-        *output,
-        *kernel_size,
-        *stride,
-        top,
-        left,
-        *dilation,
-        groups,
-        registry.KERNEL_DTYPES[pixels.dtype],
-        plan.tile.code,
-        plan.splits,
-        plan.cluster,
-        blocks,
-        cuda.address(partials),
-        cuda.address(counters),
-        *cuda.place(x),
-    )
-    return y if channels_last else empty_output(x, (*y.shape,), False).copy_(y)
-
-
 def _impl(
     x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None, residual: Tensor | None, *rest: Any
 ) -> Tensor:
@@ -249,7 +183,7 @@ def _impl(
         y = _dense(x, expanded(values, meta), bias, residual, geometry, activation)
         return empty_output(x, (*y.shape,), is_channels_last(x)).copy_(y)
     if registry.on_gpu(x):
-        return _cuda_kernel(x, values, meta, bias, residual, geometry, activation, output)
+        return cuda_conv.conv(x, values, meta, bias, residual, geometry, activation, output)
     if residual is None:
         return _kernel(x, values, meta, bias, geometry, activation, output)
     z = _kernel(x, values, meta, bias, geometry, "none", output)
