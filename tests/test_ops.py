@@ -43,7 +43,7 @@ OPS = list(REGISTRY.values())
 
 
 HELPERS = {"__init__", "registry", "common", "conv_geometry", "cuda", "derived", "dispatch"}
-HELPERS |= {"dispatch_sm90", "scaled_linear", "tiles"}
+HELPERS |= {"cuda_conv", "dispatch_sm90", "scaled_linear", "tiles"}
 
 
 def some_cases(*names):
