@@ -1,6 +1,6 @@
 """What every sparse format offers. A new format is one file beside this one and one line in ``FORMATS``."""
 
-from typing import ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -15,6 +15,18 @@ class SparseFormat(Protocol):
 
     key: ClassVar[str]
     """Lower-case name, the first half of the name of each op that takes the format."""
+
+    options: ClassVar[tuple[str, ...]]
+    """What a format object has to be told of the layer besides its shape and tensors: names of attributes."""
+
+    positional: ClassVar[tuple[str, ...]]
+    """The tensors that ops take behind ``values``, in their order."""
+
+    by_keyword: ClassVar[tuple[str, ...]]
+    """Those that ops take by keyword, and that a weight may be without."""
+
+    needs_outputs: ClassVar[bool]
+    """Whether ops have to be told the outputs of the dense weight, because no tensor shows them."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -37,8 +49,9 @@ class SparseFormat(Protocol):
         ...
 
     @classmethod
-    def from_dense(cls, w: Tensor, *, prune: str | None = None) -> "SparseFormat":
-        """Pack ``w``; ``prune`` names how to choose what to drop, None refuses to drop anything.
+    def from_dense(cls, w: Tensor, *, prune: Any = None, groups: int = 1) -> "SparseFormat":
+        """Pack ``w``, of a convolution of so many groups; ``prune`` says how to choose what to drop, None
+        refuses to drop anything.
 
         Raises:
             ValueError: ``w`` does not have the format's pattern and ``prune`` is None, or ``prune`` is

@@ -142,8 +142,8 @@ compressor: Callable[[Tensor], tuple[Tensor, Tensor]] = compress
 kernel."""
 
 
-def _energy_kept(values: Tensor, packed: Tensor) -> float:
-    """Share of the squared finite weight that is in ``values``, in float64 and safe from overflow."""
+def energy_share(values: Tensor, packed: Tensor) -> float:
+    """Share of the squared finite weight ``packed`` in ``values``, in float64 and safe from overflow."""
     finite = packed.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
     largest = finite.abs().amax().double() if finite.numel() else torch.zeros(())
     if largest == 0:
@@ -176,6 +176,10 @@ class NM24:
     """
 
     key: ClassVar[str] = "nm24"
+    options: ClassVar[tuple[str, ...]] = ()
+    positional: ClassVar[tuple[str, ...]] = ("meta",)
+    by_keyword: ClassVar[tuple[str, ...]] = ()
+    needs_outputs: ClassVar[bool] = False
 
     values: Tensor
     meta: Tensor
@@ -184,13 +188,14 @@ class NM24:
     nonfinite: int = 0
 
     @classmethod
-    def from_dense(cls, w: Tensor, *, prune: str | None = None) -> "NM24":
+    def from_dense(cls, w: Tensor, *, prune: str | None = None, groups: int = 1) -> "NM24":
         """Pack a dense weight [O, K], [O, C, L] or [O, C, R, S].
 
         Args:
             w: the weight; no gradient flows to it.
             prune: ``"magnitude"`` keeps the two largest magnitudes of each group, of equal ones the lower
                 column; NaN and infinities count as the largest. None demands that ``w`` is 2:4 already.
+            groups: of the convolution, which make no difference.
 
         Raises:
             TypeError: ``w`` is not a float16, bfloat16, float32 or float64 tensor.
@@ -208,14 +213,14 @@ class NM24:
             raise ValueError(f'NM24.from_dense: prune must be None or "magnitude", got {prune!r}')
         shape = tuple(w.shape)
         packed = pack_columns(w.detach())
-        groups = _groups(packed)
-        crowded = (groups != 0).sum(-1) > 2
+        quads = _groups(packed)
+        crowded = (quads != 0).sum(-1) > 2
         is_pruned = bool(crowded.any())
         if is_pruned and prune is None:
             row, group = crowded.nonzero()[0].tolist()
             raise ValueError(
                 "NM24.from_dense: w must have at most two non-zeros in each group of four "
-                f'(prune="magnitude" drops the smallest), got {groups[row, group].tolist()} '
+                f'(prune="magnitude" drops the smallest), got {quads[row, group].tolist()} '
                 f"in {_where(shape, row, group)}"
             )
         values, meta = compressor(packed)
@@ -223,7 +228,7 @@ class NM24:
             values,
             meta,
             shape,
-            energy_kept=_energy_kept(values, packed) if is_pruned else 1.0,
+            energy_kept=energy_share(values, packed) if is_pruned else 1.0,
             nonfinite=int(w.numel() - torch.isfinite(w).sum()),
         )
 
