@@ -63,6 +63,14 @@ void nm24_conv(Pointer x, Pointer values, Pointer meta, Pointer bias, Pointer y,
                  threads});
 }
 
+void channel_copy(Pointer x, int64_t x_channels, Pointer y, int64_t y_channels, Pointer constants, Pointer runs,
+                  int64_t run_count, int64_t images, int64_t pixels, bool x_planes, bool y_planes, int element_size,
+                  int threads) {
+  const py::gil_scoped_release release;
+  cpu_channel_copy({at(x), x_channels, at(y), y_channels, at(constants), at<ChannelRun>(runs), run_count, images,
+                    pixels, x_planes, y_planes, element_size, threads});
+}
+
 // What a CUDA function says: null, or a text.
 void check(const char* error) {
   if (error) throw std::runtime_error(error);
@@ -191,6 +199,7 @@ py::dict probe_cuda() {
 PYBIND11_MODULE(SPARSEOPS_MODULE, m) {
   m.def("nm24_linear", &nm24_linear);
   m.def("nm24_conv", &nm24_conv);
+  m.def("channel_copy", &channel_copy);
   m.def("nm24_linear_cuda", &nm24_linear_cuda);
   m.def("nm24_conv_cuda", &nm24_conv_cuda);
   m.def("nm24_compress_cuda", &nm24_compress_cuda);

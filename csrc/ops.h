@@ -46,9 +46,31 @@ struct NM24Conv {
   int threads;
 };
 
+// Channels of y in [to, to + count) are those of x from `from` on, or constants where that is -1.
+struct ChannelRun {
+  int32_t to, count, from;
+};
+
+// Channels of y from those of x, as the bits they are. Both sides are images, either planes [channel][pixel] or rows
+// [pixel][channel]; images and rows of y are contiguous.
+struct ChannelCopy {
+  const void* x;
+  int64_t x_channels;  // elements between its rows, or planes of an image
+  void* y;
+  int64_t y_channels;
+  const void* constants;   // [y_channels], or null for zeros
+  const ChannelRun* runs;  // that name every channel of y once
+  int64_t run_count;
+  int64_t images, pixels;
+  bool x_planes, y_planes;
+  int element_size;  // 2, 4 or 8
+  int threads;
+};
+
 // CPU. The instruction set is chosen once, at run time, from those that were built and the processor has.
 void cpu_nm24_linear(const NM24Linear& op);
 void cpu_nm24_conv(const NM24Conv& op);
+void cpu_channel_copy(const ChannelCopy& op);
 const char* cpu_isa();  // the one in use: "portable", "avx2", "avx512", "avx512_bf16"
 bool cpu_built(const char* isa);
 bool cpu_supports(const char* isa);  // built, and the processor has it

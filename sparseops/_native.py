@@ -15,19 +15,22 @@ from sparseops import env
 
 class Config(NamedTuple):
     """What the environment asks for: fast path on or off, how products on a GPU run, and if their kernels run
-    on the CPU the compute capability that it stands for. ``error``: one sentence on a bad variable, and then
-    the defaults hold."""
+    on the CPU the compute capability that it stands for. ``interpret``: the CPU stands for a GPU whose
+    kernels are Triton's, interpreted. ``error``: one sentence on a bad variable, and then the defaults
+    hold."""
 
     fast_path: bool = True
     impl: str = "auto"
     emulate: env.Capability | None = None
+    interpret: bool = False
     error: str | None = None
 
 
 def _read() -> Config:
     try:
         env.cpu_isa()
-        return Config(env.fast_path(), env.impl(), env.emulate())
+        impl = env.impl()
+        return Config(env.fast_path(), impl, env.emulate(), impl == "triton" and env.interpret())
     except ValueError as exc:
         return Config(fast_path=False, error=str(exc))
 
@@ -75,7 +78,7 @@ def _configure(module: ModuleType | None) -> Config:
 
 C: Any  # the module, or None; not ModuleType, which would hide that its functions exist
 C, error = _load(_read().emulate)
-fast_path, impl, emulated, config_error = _configure(C)
+fast_path, impl, emulated, interpreted, config_error = _configure(C)
 
 
 def require(op: str) -> ModuleType:

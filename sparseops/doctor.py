@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from sparseops import _native, env
+from sparseops import _native, env, triton
 from sparseops.ops import cuda, registry
 
 _CPU_FLAGS = "avx2 fma avx512f avx512bw avx512vl avx512_bf16 amx_bf16 asimd sve bf16".split()
@@ -153,6 +154,7 @@ def _versions() -> dict[str, str]:
         "built module": "missing" if _native.C is None else str(_native.C.__file__),
         "compiler": "none" if _native.C is None else str(_native.C.build_info()["compiler"]),
         "torch": str(torch.__version__),
+        "triton": triton.installed_version() or "not installed",
         "python": platform.python_version(),
         "platform": platform.platform(),
     }
@@ -212,6 +214,9 @@ def _cuda() -> dict[str, Any]:
             facts[f"device {index}"] = (
                 f"{torch.cuda.get_device_name(index)}, compute capability {major}.{minor}"
             )
+            with FakeTensorMode():
+                reason = triton.no_triton_reason(torch.empty(0, device=f"cuda:{index}"))
+            facts[f"device {index} runs kernels in Triton"] = "yes" if reason is None else f"no: {reason}"
             if _native.C is not None and cuda.gpu_reason(index) is None:
                 reason = cuda.no_sm90_reason(torch.device("cuda", index))
                 facts[f"device {index} runs wgmma.sp"] = "yes" if reason is None else f"no: {reason}"
@@ -224,13 +229,16 @@ def _cuda_version(number: int) -> str:
 
 
 def _kernel(op: registry.Op, device: str) -> Kernel:
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
     # A fake tensor stands for one on a device that need not be there.
     with FakeTensorMode():
-        reason = op.supports(torch.empty((8, 16), dtype=op.dtype, device=device))
+        x = torch.empty((8, 16), dtype=op.dtype, device=device)
+        reason = op.supports(x)
+        in_triton = ("cuda", "triton") in op.impls and cuda.by_triton(x)
     if reason is not None:
         return Kernel(op.name, device, False, "", reason, _cure(op, device, reason), op.runs_on(device))
+    if in_triton:
+        note = f"triton, {op.impls['cuda', 'triton']}"
+        return Kernel(op.name, device, True, note, exists=op.runs_on(device))
     notes = [note for (kind, _), note in op.impls.items() if kind == device]
     if device == "cpu" and _native.emulated:
         return Kernel(op.name, device, True, "the CUDA kernel, emulated", exists=op.runs_on(device))
@@ -238,12 +246,17 @@ def _kernel(op: registry.Op, device: str) -> Kernel:
     return Kernel(op.name, device, True, registry.cpu_isa() if on_isa else notes[0])
 
 
+def _has_cuda_kernel(op: registry.Op) -> bool:
+    """Whether there is one that is not in Triton."""
+    return any(device == "cuda" and by != "triton" for device, by in op.impls)
+
+
 def _cure(op: registry.Op, device: str, reason: str) -> str:
     if reason == _native.config_error:
         return "correct or unset the variable"
     if not op.runs_on(device):
         return "none in this version; the plain torch reference runs"
-    if device == "cuda" and _native.C is not None:
+    if device == "cuda" and _native.C is not None and _has_cuda_kernel(op):
         if not _native.C.build_info()["cuda"]:
             return (
                 "reinstall with SPARSEOPS_CUDA=1"

@@ -23,9 +23,11 @@ IMPLS = (
     "sm90_192x192",
     "sm90_rs_128x256",
     "sm90_rs_256x128",
+    "triton",
     "dense",
 )
-"""What ``SPARSEOPS_IMPL`` may name: the tiles of the CUDA kernels, the dense expansion, or the rule."""
+"""What ``SPARSEOPS_IMPL`` may name: the tiles of the CUDA kernels, those in Triton, the dense expansion, or
+the rule."""
 
 EMULATED: dict[str, Capability | None] = {"0": None, "1": (8, 0), "8.0": (8, 0), "9.0": (9, 0)}
 """What ``SPARSEOPS_EMULATE`` may be, and the compute capability that it stands for."""
@@ -61,7 +63,8 @@ def fast_path() -> bool:
 
 
 def impl() -> str:
-    """``SPARSEOPS_IMPL``: how products on a GPU run, ``auto`` (the default) by rule.
+    """``SPARSEOPS_IMPL``: how products on a GPU run, ``auto`` (the default) by rule; with ``triton`` every op
+    that has a kernel in Triton runs that.
 
     Raises:
         ValueError: the value is not one of ``IMPLS``.
@@ -83,6 +86,17 @@ def emulate() -> Capability | None:
     if value not in EMULATED:
         raise ValueError(f"SPARSEOPS_EMULATE must be one of {', '.join(EMULATED)}, got {value!r}")
     return EMULATED[value]
+
+
+def interpret() -> bool:
+    """``TRITON_INTERPRET``, which Triton reads when it is first imported: whether its kernels are
+    interpreted."""
+    return (os.environ.get("TRITON_INTERPRET") or "0").lower() in ("1", "true", "yes", "on", "y")
+
+
+def c_compiler() -> str | None:
+    """``CC``: the C compiler that Triton is to take, None for the one it finds."""
+    return os.environ.get("CC") or None
 
 
 def tell_emulator(capability: Capability) -> None:

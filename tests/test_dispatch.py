@@ -118,7 +118,7 @@ def test_a_forced_tile(impl, monkeypatch):
 
 
 def test_the_variable_names_the_tiles():
-    assert env.IMPLS == ("auto", *MATRIX_TILES, "dense")
+    assert env.IMPLS == ("auto", *MATRIX_TILES, "triton", "dense")
 
 
 def test_the_built_module_has_the_tiles(monkeypatch):

@@ -12,11 +12,16 @@ import torch
 
 import sparseops
 from sparseops import __main__ as cli
-from sparseops import _native
+from sparseops import _native, triton
 from sparseops.ops import REGISTRY, cuda
 
 UNCACHED = cuda.gpu_reason.__wrapped__
 UNCACHED_SM90 = cuda.no_sm90_reason.__wrapped__
+
+
+CUDA_KERNELS = {("cuda", "sm_80+"), ("cuda", "sm_90a")}
+CUDA_OPS = [name for name, op in REGISTRY.items() if CUDA_KERNELS & set(op.impls)]
+NO_TRITON = "Triton cannot be imported (no triton): get it"
 
 
 class FakeModule:
@@ -51,7 +56,7 @@ class FakeModule:
 def native(monkeypatch):
     """Sets what ``_native`` found, and what GPU torch sees."""
 
-    def set_native(module, error=None, config_error=None, capability=(9, 0)):
+    def set_native(module, error=None, config_error=None, capability=(9, 0), triton_reason=NO_TRITON):
         monkeypatch.setattr(_native, "C", module)
         monkeypatch.setattr(_native, "error", error)
         monkeypatch.setattr(_native, "config_error", config_error)
@@ -61,6 +66,7 @@ def native(monkeypatch):
         monkeypatch.setattr(cuda.torch.cuda, "get_device_capability", lambda index: capability)
         monkeypatch.setattr(cuda.torch.cuda, "get_device_name", lambda index: "GPU Y")
         monkeypatch.setattr(cuda.torch.cuda, "device_count", lambda: 1)
+        monkeypatch.setattr(triton, "no_triton_reason", lambda x: triton_reason)
 
     return set_native
 
@@ -80,6 +86,8 @@ def test_doctor_of_this_machine():
     assert {(kernel.op, kernel.device) for kernel in found.kernels if not kernel.exists} == {
         ("nm24_linear_i8", "cpu"),
         ("nm24_linear_f8", "cpu"),
+        ("channel_linear", "cuda"),
+        ("channel_conv", "cuda"),
     }
     json.loads(found.to_json())
 
@@ -101,7 +109,7 @@ def test_healthy_machine(native):
     assert "error" not in found.cuda
     by_place = kernels(found)
     assert by_place["nm24_linear", "cpu"].kernel == "avx2"
-    assert all(by_place[op, "cuda"].on for op in REGISTRY)
+    assert [op for op in REGISTRY if by_place[op, "cuda"].on] == CUDA_OPS
     assert by_place["nm24_linear", "cuda"].kernel.startswith("f16 and bf16 by mma.sp")
     int8 = by_place["nm24_linear_i8", "cpu"]
     assert not int8.on and not int8.exists
@@ -121,7 +129,7 @@ def test_a_gpu_that_no_kernel_runs_on(native, capability, reason, cure):
     native(FakeModule(), capability=capability)
     found = sparseops.doctor()
     assert found.ok
-    for op in REGISTRY:
+    for op in CUDA_OPS:
         kernel = kernels(found)[op, "cuda"]
         assert not kernel.on and kernel.exists
         assert kernel.reason.startswith(reason)
@@ -210,6 +218,23 @@ def test_kernels_for_sm90(native, archs, capability, built, runs):
         assert "device 0 runs wgmma.sp" not in found
     else:
         assert found["device 0 runs wgmma.sp"].startswith(runs)
+
+
+@pytest.mark.parametrize("reason", [None, NO_TRITON])
+def test_triton_where_cuda_was_not_built(native, reason):
+    native(FakeModule(cuda=False), triton_reason=reason)
+    found = sparseops.doctor()
+    assert found.versions["triton"] == (triton.installed_version() or "not installed")
+    assert found.cuda["device 0 runs kernels in Triton"] == ("yes" if reason is None else f"no: {reason}")
+    by_place = kernels(found)
+    linear, int8 = by_place["nm24_linear", "cuda"], by_place["nm24_linear_i8", "cuda"]
+    assert not int8.on and "built without CUDA" in int8.reason
+    assert linear.on == (reason is None)
+    if reason is None:
+        assert linear.kernel == "triton, f32, f16 and bf16, any shape"
+        assert by_place["nm24_compress", "cuda"].kernel.startswith("triton, ")
+    else:
+        assert "built without CUDA" in linear.reason
 
 
 def test_devices_are_listed(native, monkeypatch):

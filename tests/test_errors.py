@@ -408,7 +408,7 @@ def test_a_bad_variable_is_an_error_when_a_kernel_is_asked_for(monkeypatch):
             "huge",
             "SPARSEOPS_IMPL must be one of auto, few8, few16, small, large, sm90_128x8, sm90_128x16, "
             "sm90_128x32, sm90_128x64, sm90_128x128, sm90_128x256, sm90_256x128, sm90_192x192, "
-            "sm90_rs_128x256, sm90_rs_256x128, dense, got 'huge'",
+            "sm90_rs_128x256, sm90_rs_256x128, triton, dense, got 'huge'",
             "auto",
         ),
     ],

@@ -27,7 +27,7 @@ from conftest import (
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sparseops import _native, ops
-from sparseops.formats import NM24
+from sparseops.formats import NM24, ChannelPruned, Keep
 from sparseops.ops import REGISTRY, common
 from sparseops.ops.nm24_conv import nm24_conv_reference
 from sparseops.ops.nm24_linear import nm24_linear_reference
@@ -44,6 +44,7 @@ OPS = list(REGISTRY.values())
 
 HELPERS = {"__init__", "registry", "common", "conv_geometry", "cuda", "derived", "dispatch"}
 HELPERS |= {"cuda_conv", "dispatch_sm90", "scaled_linear", "tiles"}
+HELPERS |= {"channel_conv_cases", "channels", "channel_plain", "onednn"}
 
 
 def some_cases(*names):
@@ -70,6 +71,11 @@ def tensors(args):
 
 def is_floating(arg):
     return isinstance(arg, torch.Tensor) and arg.is_floating_point()
+
+
+def another(t):
+    """Something like ``t``; an index list, which has to ascend, is the same."""
+    return t if t.dtype is torch.int32 else t.roll(1, 0)
 
 
 def as_leaves(args):
@@ -162,6 +168,12 @@ def test_conv_keeps_the_memory_format_as_torch_does(batch, channels, size, order
     weight = NM24.from_dense(torch.randn(4, channels, 3, 3), prune="magnitude")
     y = REGISTRY["nm24_conv"].fn(x, weight.values, weight.meta, kernel_size=3, padding=1)
     plain = torch.nn.functional.conv2d(x, weight.to_dense(), padding=1)
+    keep = torch.arange(channels)[-2:], torch.tensor([0, 2])
+    pruned = ChannelPruned.from_dense(torch.randn(4, channels, 3, 3), prune=Keep(*keep))
+    given = (x, pruned.values, pruned.in_index, pruned.out_index)
+    z = REGISTRY["channel_conv"].fn(*given, outputs=4, kernel_size=3, padding=1)
+    torch.testing.assert_close(z, torch.nn.functional.conv2d(x, pruned.to_dense(), padding=1))
+    assert layout(z) == layout(y)
     if margin and x[0].numel() == 1:  # one pixel of one channel cropped out: every order is the same one
         assert y.is_contiguous() and y.is_contiguous(memory_format=torch.channels_last)
     else:
@@ -314,7 +326,7 @@ def test_vmap_over_the_first_argument(op, case, in_dim):
 @every_smooth_op
 def test_vmap_over_every_argument(op):
     args, kwargs = case_of(op).make(KERNEL_DTYPE)
-    stacks = [torch.stack([t, t.roll(1, 0)]) for t in tensors(args)]
+    stacks = [torch.stack([t, another(t)]) for t in tensors(args)]
     y = torch.vmap(lambda *each: op.fn(*each, **kwargs))(*stacks)
     for i, got in enumerate(y):
         torch.testing.assert_close(got, op.fn(*(stack[i] for stack in stacks), **kwargs))
@@ -324,7 +336,7 @@ def test_vmap_over_every_argument(op):
 def test_vmap_over_the_last_tensors(op):
     args, kwargs = case_of(op).make(KERNEL_DTYPE)
     *shared, last = tensors(args)
-    stack = torch.stack([last, last.roll(1, 0)])
+    stack = torch.stack([last, another(last)])
     y = torch.vmap(lambda t: op.fn(*shared, t, **kwargs))(stack)
     for i, got in enumerate(y):
         torch.testing.assert_close(got, op.fn(*shared, stack[i], **kwargs))
@@ -355,7 +367,7 @@ def test_autocast(op, dtype):
         y = op.fn(*leaves, **kwargs)
         assert y.dtype is dtype
         assert torch.equal(op.fn(*args, **kwargs), y)
-    low = op.fn(*(arg.to(dtype) if arg.is_floating_point() else arg for arg in args), **kwargs)
+    low = op.fn(*(arg.to(dtype) if is_floating(arg) else arg for arg in args), **kwargs)
     assert torch.equal(y, low)
     y.sum().backward()
     assert all(leaf.grad.dtype is torch.float32 for leaf in leaves if leaf.requires_grad)
@@ -439,11 +451,13 @@ def test_vmap_over_a_residual(op):
     """Alone, with the first argument, and not while that is batched."""
     (x, *weight, residual), kwargs = case_of(op, "residual").make(KERNEL_DTYPE)
     pairs = torch.stack([x, 2 * x]), torch.stack([residual, -residual])
-    for dims in ((0, 0), (None, 0), (0, None)):
-        given = [pair if dim == 0 else pair[0] for pair, dim in zip(pairs, dims, strict=True)]
+    for dims in ((0, 0), (None, 0), (0, None), (0, 1)):
+        given = [
+            pair[0] if dim is None else pair.movedim(0, dim) for pair, dim in zip(pairs, dims, strict=True)
+        ]
         y = torch.vmap(lambda x, r: op.fn(x, *weight, r, **kwargs), in_dims=dims)(*given)
         for i, got in enumerate(y):
-            x, r = (pair[i if dim == 0 else 0] for pair, dim in zip(pairs, dims, strict=True))
+            x, r = (pair[0 if dim is None else i] for pair, dim in zip(pairs, dims, strict=True))
             torch.testing.assert_close(got, op.fn(x, *weight, r, **kwargs))
 
 

@@ -7,13 +7,13 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import sparseops
-from sparseops import _native
+from sparseops import _native, triton
 from sparseops.formats import NM24
-from sparseops.formats.nm24 import packed_cols
 from sparseops.nn.base import SparseModule
 from sparseops.ops import REGISTRY, cuda, dispatch, nm24_linear, registry
 from sparseops.ops.conv_geometry import geometry_of, no_wgmma_reason, output_size
 
+CUDA_OPS = [op for op in REGISTRY.values() if ("cuda", "sm_80+") in op.impls]
 UNCACHED = cuda.gpu_reason.__wrapped__
 UNCACHED_SM90 = cuda.no_sm90_reason.__wrapped__
 
@@ -32,6 +32,7 @@ def gpu(monkeypatch):
     def set_gpu(module=None, capability=(9, 0)):
         monkeypatch.setattr(_native, "C", module and SimpleNamespace(**module))
         monkeypatch.setattr(_native, "error", "the reason")
+        monkeypatch.setattr(triton, "no_triton_reason", lambda x: "there is no Triton here")
         monkeypatch.setattr(cuda, "gpu_reason", UNCACHED)
         monkeypatch.setattr(cuda, "no_sm90_reason", UNCACHED_SM90)
         monkeypatch.setattr(cuda.torch.cuda, "is_available", lambda: capability is not None)
@@ -70,7 +71,7 @@ def built(cuda=True, archs="80+PTX;90a", error=None):
 )
 def test_why_a_gpu_has_no_kernel(module, capability, reason, gpu):
     gpu(module, capability)
-    for op in REGISTRY.values():
+    for op in CUDA_OPS:
         with FakeTensorMode():
             x = torch.empty(2, 32, device="cuda", dtype=op.dtype)
             assert op.supports(x) == reason
@@ -143,11 +144,13 @@ def test_which_outputs_wgmma_can_write(rows, dtype, fits, gpu):
     assert reason == (None if fits else f"wgmma.sp needs rows of y of whole 16 bytes, got {rows} of {dtype}")
 
 
+LEAST = {"stride": 1, "padding": 0, "dilation": 1}
+
+
 def conv_reason(channels=64, groups=1, size=(9, 9), kernel=3, **options):
-    geometry = geometry_of(
-        kernel, options.pop("stride", 1), options.pop("padding", 0), options.pop("dilation", 1), 1
-    )
-    output = output_size(torch.empty(1, 4, *size), 4, packed_cols((1, 4, *geometry.kernel_size)), geometry)
+    stride, padding, dilation = (options.pop(name, least) for name, least in LEAST.items())
+    geometry = geometry_of("op", kernel, stride, padding, dilation, 1)
+    output = output_size("op", torch.empty(1, 4, *size), geometry)
     return no_wgmma_reason(channels, groups, geometry, size, output)
 
 

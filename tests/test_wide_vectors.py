@@ -21,7 +21,7 @@ from sparseops import _native
 from sparseops.testing import assert_close, expect
 
 CSRC = Path(__file__).parents[1] / "csrc"
-KERNELS = ["panel", "few_tokens", "nm24_linear", "nm24_conv", "bf16_pairs"]
+KERNELS = ["panel", "few_tokens", "nm24_linear", "nm24_conv", "bf16_pairs", "channel_copy"]
 WIDE = [
     "-DSPARSEOPS_ISA=portable",
     "-DSPARSEOPS_VECTOR_BYTES=64",

@@ -29,6 +29,7 @@ struct Isa {
   bool (*on_this_processor)();
   void (*linear)(const NM24Linear&);
   void (*conv)(const NM24Conv&);
+  void (*copy)(const ChannelCopy&);
 };
 
 #if defined(SPARSEOPS_HAS_AVX2)
@@ -49,15 +50,15 @@ bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf
 // From the best to the one that runs anywhere.
 const Isa kIsas[] = {
 #if defined(SPARSEOPS_HAS_AVX512_BF16)
-    {"avx512_bf16", has_avx512_bf16, avx512_bf16::nm24_linear, avx512_bf16::nm24_conv},
+    {"avx512_bf16", has_avx512_bf16, avx512_bf16::nm24_linear, avx512_bf16::nm24_conv, avx512_bf16::channel_copy},
 #endif
 #if defined(SPARSEOPS_HAS_AVX512)
-    {"avx512", has_avx512, avx512::nm24_linear, avx512::nm24_conv},
+    {"avx512", has_avx512, avx512::nm24_linear, avx512::nm24_conv, avx512::channel_copy},
 #endif
 #if defined(SPARSEOPS_HAS_AVX2)
-    {"avx2", has_avx2, avx2::nm24_linear, avx2::nm24_conv},
+    {"avx2", has_avx2, avx2::nm24_linear, avx2::nm24_conv, avx2::channel_copy},
 #endif
-    {"portable", [] { return true; }, portable::nm24_linear, portable::nm24_conv},
+    {"portable", [] { return true; }, portable::nm24_linear, portable::nm24_conv, portable::channel_copy},
 };
 
 const Isa* best() {
@@ -81,6 +82,7 @@ const Isa* find(const char* name) {
 
 void cpu_nm24_linear(const NM24Linear& op) { in_use()->linear(op); }
 void cpu_nm24_conv(const NM24Conv& op) { in_use()->conv(op); }
+void cpu_channel_copy(const ChannelCopy& op) { in_use()->copy(op); }
 
 const char* cpu_isa() { return in_use()->name; }
 bool cpu_built(const char* isa) { return find(isa); }

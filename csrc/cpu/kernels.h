@@ -5,5 +5,6 @@ namespace sparseops {
 namespace SPARSEOPS_ISA {
 void nm24_linear(const NM24Linear& op);
 void nm24_conv(const NM24Conv& op);
+void channel_copy(const ChannelCopy& op);
 }  // namespace SPARSEOPS_ISA
 }  // namespace sparseops

@@ -251,6 +251,28 @@ inline void transpose_quads(Vec& a, Vec& b, Vec& c, Vec& d) {
 #endif
 }
 
+#if defined(SPARSEOPS_AVX512) || defined(SPARSEOPS_AVX2)
+#define SPARSEOPS_WORD_TRANSPOSE
+// out[i][row] = rows[row][index + i], 8 by 8 elements of 16 bits.
+inline void transpose_words(const uint16_t* const* rows, int64_t index, uint16_t* const* out) {
+  __m128i r[8], pairs[8], quads[8];
+  for (int i = 0; i < 8; ++i) r[i] = _mm_loadu_si128(reinterpret_cast<const __m128i*>(rows[i] + index));
+  for (int i = 0; i < 4; ++i) {
+    pairs[2 * i] = _mm_unpacklo_epi16(r[2 * i], r[2 * i + 1]);
+    pairs[2 * i + 1] = _mm_unpackhi_epi16(r[2 * i], r[2 * i + 1]);
+  }
+  for (int i = 0; i < 8; i += 4)
+    for (int half = 0; half < 2; ++half) {
+      quads[i + 2 * half] = _mm_unpacklo_epi32(pairs[i + half], pairs[i + half + 2]);
+      quads[i + 2 * half + 1] = _mm_unpackhi_epi32(pairs[i + half], pairs[i + half + 2]);
+    }
+  for (int i = 0; i < 4; ++i) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out[2 * i]), _mm_unpacklo_epi64(quads[i], quads[i + 4]));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out[2 * i + 1]), _mm_unpackhi_epi64(quads[i], quads[i + 4]));
+  }
+}
+#endif
+
 // kLanes consecutive elements, widened.
 inline Vec load_wide(const float* p) { return load(p); }
 template <class T>

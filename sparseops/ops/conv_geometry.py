@@ -7,10 +7,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparseops.formats.nm24 import GROUP, packed_cols, round_up
-
-NAME = "nm24_conv"
-
 Pair = int | Sequence[int]
 
 
@@ -24,40 +20,38 @@ class Geometry(NamedTuple):
     groups: int
 
 
-def pair(name: str, value: Pair) -> Sequence[int]:
-    """``value`` for height and width."""
+def pair(op: str, name: str, value: Pair) -> Sequence[int]:
+    """``value``, the argument ``name`` of ``op``, for height and width."""
     if isinstance(value, int):
         return (value, value)
     if isinstance(value, (tuple, list)) and len(value) == 2:
         first, second = value
         if isinstance(first, int) and isinstance(second, int):
             return value
-    raise TypeError(f"{NAME}: {name} must be an int or a pair of ints, got {value!r}")
+    raise TypeError(f"{op}: {name} must be an int or a pair of ints, got {value!r}")
 
 
 def geometry_of(
-    kernel_size: Pair, stride: Pair, padding: Pair | str, dilation: Pair, groups: int
+    op: str, kernel_size: Pair, stride: Pair, padding: Pair | str, dilation: Pair, groups: int
 ) -> Geometry:
-    """The arguments of the public function, checked as far as they go without a tensor.
+    """The arguments of the public function of ``op``, checked as far as they go without a tensor.
 
     Raises:
         TypeError: a size is no int and no pair of ints.
         ValueError: padding is an unknown word, or "same" with a stride.
     """
-    kernel_size = pair("kernel_size", kernel_size)
-    stride = pair("stride", stride)
-    dilation = pair("dilation", dilation)
+    kernel_size = pair(op, "kernel_size", kernel_size)
+    stride = pair(op, "stride", stride)
+    dilation = pair(op, "dilation", dilation)
     if not isinstance(padding, str):
-        height, width = pair("padding", padding)
+        height, width = pair(op, "padding", padding)
         sides = (height, height, width, width)
     elif padding == "valid":
         sides = (0, 0, 0, 0)
     elif padding != "same":
-        raise ValueError(
-            f'{NAME}: padding must be an int, a pair of ints, "same" or "valid", got {padding!r}'
-        )
+        raise ValueError(f'{op}: padding must be an int, a pair of ints, "same" or "valid", got {padding!r}')
     elif stride[0] != 1 or stride[1] != 1:
-        raise ValueError(f'{NAME}: stride must be 1 with padding="same", got {tuple(stride)}')
+        raise ValueError(f'{op}: stride must be 1 with padding="same", got {tuple(stride)}')
     else:
         # an odd total puts the larger half at the bottom and at the right, as torch does
         total_h, total_w = (d * (k - 1) for d, k in zip(dilation, kernel_size, strict=True))
@@ -65,41 +59,45 @@ def geometry_of(
     return Geometry(kernel_size, stride, sides, dilation, groups)
 
 
-def output_size(x: Tensor, rows: int, packed: int, geometry: Geometry) -> tuple[int, int]:
-    """Height and width of the output for a weight of ``rows`` rows and ``packed`` packed columns.
+def check_channels(op: str, x: Tensor, rows: int, geometry: Geometry) -> int:
+    """Check ``x`` and the geometry against a weight of ``rows`` rows, and return the channels of a group.
 
     Raises:
-        ValueError: x, the weight and the geometry do not fit together.
+        ValueError: x has no four dimensions, a size is too small, or groups do not divide the channels.
     """
     kernel_size, stride, padding, dilation, groups = geometry
     if x.ndim != 4:
-        raise ValueError(f"{NAME}: x must have shape [N, C, H, W] or [C, H, W], got {tuple(x.shape)}")
+        raise ValueError(f"{op}: x must have shape [N, C, H, W] or [C, H, W], got {tuple(x.shape)}")
     if min(*kernel_size, *stride, *dilation) < 1 or min(padding) < 0:
-        _refuse_size(geometry)
-    _, channels, *spatial = x.shape
+        _refuse_size(op, geometry)
+    channels = x.shape[1]
     if groups < 1 or channels < 1 or channels % groups or rows % groups:
         raise ValueError(
-            f"{NAME}: groups must be at least 1 and divide the channels in and out, "
+            f"{op}: groups must be at least 1 and divide the channels in and out, "
             f"got {groups} for {channels} and {rows}"
         )
-    expected = packed_cols((1, channels // groups, *kernel_size))
-    if expected != packed:
-        raise ValueError(
-            f"{NAME}: x must have channels that match values of {packed} packed columns, got "
-            f"{channels} channels ({expected} columns with groups={groups}, kernel_size={tuple(kernel_size)})"
-        )
+    return channels // groups
+
+
+def output_size(op: str, x: Tensor, geometry: Geometry) -> tuple[int, int]:
+    """Height and width of the output of an ``x`` with four dimensions.
+
+    Raises:
+        ValueError: the kernel does not fit into the padded x, or that is too large.
+    """
+    kernel_size, stride, padding, dilation, _ = geometry
     output = []
-    for axis, size in enumerate(spatial):
+    for axis, size in enumerate(x.shape[2:]):
         padded = size + padding[2 * axis] + padding[2 * axis + 1]
         extent = dilation[axis] * (kernel_size[axis] - 1) + 1
         if size < 1 or padded < extent:
             raise ValueError(
-                f"{NAME}: x must have a height and width of at least 1 and, padded, of the dilated kernel's "
+                f"{op}: x must have a height and width of at least 1 and, padded, of the dilated kernel's "
                 f"extent, got {size} padded to {padded} for an extent of {extent}"
             )
         if padded >= 2**31:
             raise ValueError(
-                f"{NAME}: padding must keep the padded x below 2**31 rows and columns, got {padded}"
+                f"{op}: padding must keep the padded x below 2**31 rows and columns, got {padded}"
             )
         output.append((padded - extent) // stride[axis] + 1)
     return output[0], output[1]
@@ -125,11 +123,11 @@ def no_wgmma_reason(
     return None
 
 
-def _refuse_size(geometry: Geometry) -> None:
+def _refuse_size(op: str, geometry: Geometry) -> None:
     for name, least in (("kernel_size", 1), ("stride", 1), ("dilation", 1), ("padding", 0)):
         sizes = tuple(getattr(geometry, name))
         if min(sizes) < least:
-            raise ValueError(f"{NAME}: {name} must be at least {least}, got {sizes}")
+            raise ValueError(f"{op}: {name} must be at least {least}, got {sizes}")
 
 
 def is_channels_last(x: Tensor) -> bool:
@@ -155,10 +153,10 @@ def empty_output(x: Tensor, shape: tuple[int, ...], channels_last: bool) -> Tens
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
-def pixels_of(x: Tensor, groups: int) -> Tensor:
-    """[N, C, H, W] as [N, H, W, channels], the channels of each group padded to a multiple of 4."""
-    last = x.permute(0, 2, 3, 1)
-    in_group = x.shape[1] // groups
-    if missing := round_up(in_group, GROUP) - in_group:
-        last = F.pad(last.unflatten(-1, (groups, in_group)), (0, missing)).flatten(-2)
-    return last
+def pad_unevenly(x: Tensor, padding: Sequence[int]) -> tuple[Tensor, list[int]]:
+    """``x`` and the padding that torch's convolution is to add on both sides of height and width: what is
+    not the same on both is added to ``x`` itself."""
+    top, bottom, left, right = padding
+    if (top, left) == (bottom, right):
+        return x, [top, left]
+    return F.pad(x, (left, right, top, bottom)), [0, 0]

@@ -1,5 +1,5 @@
-"""What the ops share of their CUDA kernels: why none can run, the weight as they take it, and the launch of a
-product.
+"""What the ops share of their CUDA kernels: why none can run, whether one in Triton takes their place, the
+weight as they take it, and the launch of a product.
 
 Under ``SPARSEOPS_EMULATE`` the CPU takes the place of the GPU, here as in the kernels.
 """
@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparseops import _native
+from sparseops import _native, triton
 from sparseops.formats.nm24_fragments import pack_fragments
 from sparseops.formats.nm24_slabs import pack_slabs, slab_rows
 from sparseops.ops import dispatch, registry
@@ -34,13 +34,16 @@ F32_REASON = (
 
 DENSE_REASON = "SPARSEOPS_IMPL=dense asks for the dense expansion"
 
+INTERPRETED_REASON = "the CPU stands for a GPU whose only kernels are in Triton"
+
 FRAGMENTS = "fragments"
 """The key of the values in fragment order among what is derived from values."""
 
 
-def impls(note: str) -> dict[tuple[str, str], str]:
-    """The ``impls`` of an op that has a CUDA kernel."""
-    return {("cuda", "sm_80+"): note}
+def impls(note: str, in_triton: str | None = None) -> dict[tuple[str, str], str]:
+    """The ``impls`` of an op that has a CUDA kernel, and perhaps one in Triton."""
+    found = {("cuda", "sm_80+"): note}
+    return found if in_triton is None else {**found, ("cuda", "triton"): in_triton}
 
 
 def no_product_reason(x: Tensor, values: Tensor | None = None) -> str | None:
@@ -64,7 +67,30 @@ def no_device_reason(x: Tensor) -> str | None:
         return f"there is no {x.device.type.upper()} kernel"
     if _native.C is None:
         return _native.error
+    if _is_interpreted(x):
+        return INTERPRETED_REASON
     return _native.config_error or gpu_reason(x.device.index or 0)
+
+
+def _is_interpreted(x: Tensor) -> bool:
+    """Whether the GPU of ``x`` is the CPU, and knows kernels in Triton alone."""
+    return _native.interpreted and x.is_cpu and _native.emulated is None
+
+
+def by_triton(x: Tensor) -> bool:
+    """Whether it falls to a kernel in Triton, where there is one, to serve ``x``: ``SPARSEOPS_IMPL`` asks for
+    it, or no CUDA kernel of this build can run on the GPU of ``x`` and Triton's can."""
+    if not registry.on_gpu(x):
+        return False
+    if _native.impl == "triton":
+        return True
+    return no_device_reason(x) is not None and triton.no_triton_reason(x) is None
+
+
+def no_triton_reason(*tensors: Tensor | None) -> str | None:
+    """Where it falls to Triton: why none of its kernels can run on ``tensors``, None if one can."""
+    assert tensors[0] is not None
+    return triton.no_triton_reason(tensors[0]) or triton.no_dtype_reason(*tensors)
 
 
 @lru_cache
@@ -112,7 +138,7 @@ def capability(device: torch.device) -> tuple[int, int]:
 
 def is_hopper(x: Tensor) -> bool:
     """Whether ``x`` lies on a GPU that has wgmma.sp."""
-    return registry.on_gpu(x) and capability(x.device) == HOPPER
+    return registry.on_gpu(x) and not _is_interpreted(x) and capability(x.device) == HOPPER
 
 
 @lru_cache
@@ -181,6 +207,11 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+def unit_rows(x: Tensor) -> Tensor:
+    """``x`` [rows, columns] with the elements of a row next to each other; a copy where they are not."""
+    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
+
+
 def place(x: Tensor) -> tuple[int, int]:
     """Where a kernel is launched: the index of the GPU of ``x``, and torch's current stream there."""
     if not x.is_cuda:
@@ -226,6 +257,11 @@ def kernel_name(values: Tensor, no_wgmma: str | None = None) -> str:
     if values.dtype is torch.float32:
         name += ", in bfloat16"
     return f"{name} (emulated)" if _native.emulated else name
+
+
+def triton_name(how: str) -> str:
+    """What a kernel in Triton that does its work like this is called."""
+    return f"triton, {how}{' (interpreted)' if _native.interpreted else ''}"
 
 
 class Weight(NamedTuple):

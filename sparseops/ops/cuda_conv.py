@@ -1,22 +1,18 @@
 """The launch of ``nm24_conv``'s CUDA kernels; that of products is ``cuda.linear``."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from sparseops import _native
+from sparseops.formats.nm24 import GROUP, round_up
 from sparseops.ops import cuda, dispatch, registry
 from sparseops.ops.common import ACTIVATIONS
-from sparseops.ops.conv_geometry import (
-    NAME,
-    Geometry,
-    empty_output,
-    is_channels_last,
-    no_wgmma_reason,
-    pixels_of,
-)
+from sparseops.ops.conv_geometry import Geometry, empty_output, is_channels_last, no_wgmma_reason
 
 
 def conv(
+    op: str,
     x: Tensor,
     values: Tensor,
     meta: Tensor,
@@ -26,8 +22,8 @@ def conv(
     activation: str,
     output: tuple[int, int],
 ) -> Tensor:
-    """The convolution of ``x`` [N, C, H, W] with ``values`` and ``meta``, by a kernel that has channels last
-    everywhere; all of it checked."""
+    """The convolution of ``x`` [N, C, H, W] with ``values`` and ``meta`` for ``op``, by a kernel that has
+    channels last everywhere; all of it checked."""
     batch, _, height, width = x.shape
     rows, kept = values.shape
     kernel_size, stride, (top, _, left, _), dilation, groups = geometry
@@ -43,11 +39,11 @@ def conv(
     no_wgmma = cuda.no_wgmma_reason(x, rows, y.dtype)
     no_wgmma = no_wgmma or no_wgmma_reason(channels, groups, geometry, (height, width), output)
     blocks = cuda.multiprocessors(x.device)
-    plan = dispatch.plan(NAME, product, blocks, cuda.allowed(tiles, no_wgmma))
+    plan = dispatch.plan(op, product, blocks, cuda.allowed(tiles, no_wgmma))
     partials, counters = cuda.workspace(plan, x.device)
     bias = None if bias is None else cuda.aligned(bias)
     residual = None if residual is None else cuda.aligned(residual.permute(0, 2, 3, 1))
-    _native.require(NAME).nm24_conv_cuda(
+    _native.require(op).nm24_conv_cuda(
         pixels.data_ptr(),
         stored.values.data_ptr(),
         stored.slabs.data_ptr(),
@@ -80,3 +76,12 @@ def conv(
         *cuda.place(x),
     )
     return y if channels_last else empty_output(x, (*y.shape,), False).copy_(y)
+
+
+def pixels_of(x: Tensor, groups: int) -> Tensor:
+    """[N, C, H, W] as [N, H, W, channels], the channels of each group padded to a multiple of 4."""
+    last = x.permute(0, 2, 3, 1)
+    in_group = x.shape[1] // groups
+    if missing := round_up(in_group, GROUP) - in_group:
+        last = F.pad(last.unflatten(-1, (groups, in_group)), (0, missing)).flatten(-2)
+    return last

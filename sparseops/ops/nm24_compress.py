@@ -29,6 +29,8 @@ def supports(packed: Tensor) -> str | None:
     """Why no kernel can compress ``packed``, None if one can (on the CPU, the format's own code is it)."""
     if not registry.on_gpu(packed):
         return None if packed.is_cpu else f"there is no {packed.device.type.upper()} kernel"
+    if cuda.by_triton(packed):
+        return cuda.no_triton_reason(packed)
     if packed.dtype not in registry.KERNEL_DTYPES:
         return f"there is no CUDA kernel for {packed.dtype}"
     return cuda.no_device_reason(packed)
@@ -57,6 +59,10 @@ def _compressed(packed: Tensor) -> tuple[Tensor, Tensor]:
     if not registry.on_gpu(packed) or supports(packed) is not None or not packed.numel():
         return compress(packed)
     packed = cuda.aligned(packed)
+    if cuda.by_triton(packed):
+        from sparseops.triton.nm24_compress import compress as compress_by_triton
+
+        return compress_by_triton(packed)
     values, meta = _fake(packed)
     _native.require(NAME).nm24_compress_cuda(
         packed.data_ptr(),
@@ -131,7 +137,10 @@ registry.register(
         fn=nm24_compress,
         reference=nm24_compress_reference,
         supports=supports,
-        impls={("cpu", "torch"): "the format's own code", **cuda.impls("f32, f16 and bf16")},
+        impls={
+            ("cpu", "torch"): "the format's own code",
+            **cuda.impls("f32, f16 and bf16", "f32, f16 and bf16"),
+        },
         cases=tuple(
             registry.Case(name, partial(_inputs, rows, cols, finite=name != "nonfinite"))
             for name, rows, cols in (

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparseops import _native
-from sparseops.formats.nm24 import expand, gather, pack_columns, unpack_columns
+from sparseops.formats.nm24 import expand, gather, pack_columns, packed_cols, unpack_columns
 from sparseops.ops import cuda, cuda_conv, registry
 from sparseops.ops.common import (
     ACTIVATIONS,
@@ -27,25 +27,29 @@ from sparseops.ops.common import (
     check_devices,
     check_residual,
     check_weight,
+    cropped,
     finish,
-    loop_vmap,
+    layer_vmap,
     make_bias,
     make_weight,
     rows_at_once,
+    to_channels_last,
 )
 from sparseops.ops.conv_geometry import (
-    NAME,
     Geometry,
     Pair,
+    check_channels,
     empty_output,
     geometry_of,
     is_channels_last,
     no_wgmma_reason,
     output_size,
+    pad_unevenly,
     pair,
 )
 from sparseops.ops.nm24_to_dense import expanded
 
+NAME = "nm24_conv"
 _LEAST_GROUP_CHANNELS = 16  # of the CUDA kernel: fewer leave most of a tile idle
 
 
@@ -64,7 +68,7 @@ def nm24_conv_reference(
     activation: str = "none",
 ) -> Tensor:
     """Plain torch: expand the weight and call ``F.conv2d``."""
-    geometry = geometry_of(kernel_size, stride, padding, dilation, groups)
+    geometry = geometry_of(NAME, kernel_size, stride, padding, dilation, groups)
     return _dense(x, expand(values, meta), bias, residual, geometry, activation)
 
 
@@ -76,12 +80,10 @@ def _dense(
     geometry: Geometry,
     activation: str,
 ) -> Tensor:
-    _, stride, (top, bottom, left, right), dilation, groups = geometry
+    _, stride, padding, dilation, groups = geometry
     weight = _unpacked(x, columns, geometry)
-    if (top, left) != (bottom, right):
-        x = F.pad(x, (left, right, top, bottom))
-        top = left = 0
-    return finish(F.conv2d(x, weight, bias, stride, (top, left), dilation, groups), residual, activation)
+    x, border = pad_unevenly(x, padding)
+    return finish(F.conv2d(x, weight, bias, stride, border, dilation, groups), residual, activation)
 
 
 def _unpacked(x: Tensor, columns: Tensor, geometry: Geometry) -> Tensor:
@@ -119,7 +121,15 @@ def _check(
 ) -> tuple[int, int]:
     """Check every argument but the devices, and return the height and width of the output."""
     rows, packed = check_weight(NAME, x, values, meta, bias, activation)
-    size = output_size(x, rows, packed, geometry)
+    in_group = check_channels(NAME, x, rows, geometry)
+    expected = packed_cols((1, in_group, *geometry.kernel_size))
+    if expected != packed:
+        raise ValueError(
+            f"{NAME}: x must have channels that match values of {packed} packed columns, got {x.shape[1]} "
+            f"channels ({expected} columns with groups={geometry.groups}, "
+            f"kernel_size={tuple(geometry.kernel_size)})"
+        )
+    size = output_size(NAME, x, geometry)
     check_residual(NAME, x, residual, (x.shape[0], rows, *size))
     return size
 
@@ -183,7 +193,7 @@ def _impl(
         y = _dense(x, expanded(values, meta), bias, residual, geometry, activation)
         return empty_output(x, (*y.shape,), is_channels_last(x)).copy_(y)
     if registry.on_gpu(x):
-        return cuda_conv.conv(x, values, meta, bias, residual, geometry, activation, output)
+        return cuda_conv.conv(NAME, x, values, meta, bias, residual, geometry, activation, output)
     if residual is None:
         return _kernel(x, values, meta, bias, geometry, activation, output)
     z = _kernel(x, values, meta, bias, geometry, "none", output)
@@ -219,11 +229,9 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     at = _op(x, values, meta, bias, residual, *ctx.geometry, "none") if again else y
     grad = activation_grad(grad, at, ctx.activation)
     _, stride, (top, bottom, left, right), dilation, groups = ctx.geometry
-    is_symmetric = (top, left) == (bottom, right)
     needs = ctx.needs_input_grad
     weight = _unpacked(x, torch.ops.sparseops.nm24_to_dense(values, meta), ctx.geometry)
-    border = [top, left] if is_symmetric else [0, 0]
-    padded = x if is_symmetric else F.pad(x, (left, right, top, bottom))
+    padded, border = pad_unevenly(x, ctx.geometry.padding)
 
     def backward(grad: Tensor, weight: Tensor, mask: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
         options = ([weight.shape[0]], stride, border, dilation, False, [0, 0], groups, mask)
@@ -239,21 +247,13 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         parts = zip(grad.split(block, 1), weight.split(block), meta.split(block), strict=True)
         mask = [False, True, False]
         grad_values = torch.cat([gather(pack_columns(backward(g, w, mask)[1]), m) for g, w, m in parts])
-    if needs[0] and not is_symmetric:
+    if needs[0] and padded is not x:
         grad_x = F.pad(grad_x, (-left, -right, -top, -bottom))
     return grad_x, grad_values, None, grad_bias, grad if needs[4] else None, *(None,) * 6
 
 
 def _vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Tensor, int]:
-    x_dim, *weight_dims, residual_dim = in_dims[:5]
-    if x_dim is None or any(dim is not None for dim in weight_dims):
-        return loop_vmap(_op, info, in_dims, args), 0
-    x, *weight, residual = args[:5]
-    x = x.movedim(x_dim, 0)
-    if residual is not None:
-        whole = residual.expand(info.batch_size, *residual.shape)
-        residual = (whole if residual_dim is None else residual.movedim(residual_dim, 0)).flatten(0, 1)
-    return _op(x.flatten(0, 1), *weight, residual, *args[5:]).unflatten(0, x.shape[:2]), 0
+    return layer_vmap(_op, info, in_dims, args, residual=4, images=True)
 
 
 _op = registry.define(
@@ -309,7 +309,7 @@ def nm24_conv(
         TypeError: a dtype or the type of a size is wrong.
         ValueError: a shape, size, device or the activation is wrong, or a ``SPARSEOPS_*`` variable is.
     """
-    geometry = geometry_of(kernel_size, stride, padding, dilation, groups)
+    geometry = geometry_of(NAME, kernel_size, stride, padding, dilation, groups)
     images = x.unsqueeze(0) if x.ndim == 3 else x
     if residual is None and registry.fast(images, values, meta, bias):
         output = _check(images, values, meta, bias, None, geometry, activation)
@@ -339,7 +339,7 @@ def _inputs(
     view: Callable[[Tensor], Tensor] | None = None,
     **options: Any,
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    taps = tuple(pair("kernel_size", kernel_size))
+    taps = tuple(pair(NAME, "kernel_size", kernel_size))
     generator = torch.Generator().manual_seed(out_channels * image[-1])
     x = torch.randn(image, generator=generator).to(dtype)
     weight = make_weight((out_channels, image[-3] // groups, *taps), dtype, generator)
@@ -354,15 +354,6 @@ def _inputs(
 
 def _case(name: str, *sizes: Any, **options: Any) -> registry.Case:
     return registry.Case(name, partial(_inputs, *sizes, **options))
-
-
-def _channels_last(x: Tensor) -> Tensor:
-    return x.contiguous(memory_format=torch.channels_last)
-
-
-def _cropped(x: Tensor) -> Tensor:
-    """``x`` inside a frame of NaN: neither contiguous nor channels_last, and reading past it shows."""
-    return F.pad(x, (1, 2, 3, 1), value=torch.nan)[..., 3:-1, 1:-2]
 
 
 CASES = (
@@ -396,12 +387,12 @@ CASES = (
     _case(
         "residual_relu", (1, 16, 5, 6), 12, 3, stride=2, activation="relu", bias=False, residual=torch.clone
     ),
-    _case("residual_silu", (2, 32, 5, 6), 70, 1, activation="silu", view=_channels_last, residual=_cropped),
+    _case("residual_silu", (2, 32, 5, 6), 70, 1, activation="silu", view=to_channels_last, residual=cropped),
     _case(
         "residual_unbatched", (16, 5, 6), 12, 3, activation="gelu", residual=lambda y: y.mT.contiguous().mT
     ),
     _case("unbatched", (16, 5, 6), 12, 3, padding=1),
-    _case("channels_last", (2, 32, 7, 9), 24, 3, padding=1, view=_channels_last),
+    _case("channels_last", (2, 32, 7, 9), 24, 3, padding=1, view=to_channels_last),
     _case(
         "channels_last_tail",
         (2, 7, 6, 11),
@@ -409,16 +400,16 @@ CASES = (
         3,
         padding=1,
         stride=2,
-        view=_channels_last,
+        view=to_channels_last,
         activation="relu",
     ),
-    _case("channels_last_groups", (2, 24, 6, 5), 18, 3, groups=3, padding=1, view=_channels_last),
-    _case("channels_last_pointwise", (2, 32, 5, 7), 24, 1, view=_channels_last),
-    _case("channels_last_one_channel", (2, 1, 7, 6), 5, 3, padding=1, view=_channels_last),
-    _case("channels_last_same_even", (1, 8, 7, 8), 12, (2, 4), padding="same", view=_channels_last),
-    _case("cropped", (2, 12, 6, 7), 8, 3, padding=1, view=_cropped),
+    _case("channels_last_groups", (2, 24, 6, 5), 18, 3, groups=3, padding=1, view=to_channels_last),
+    _case("channels_last_pointwise", (2, 32, 5, 7), 24, 1, view=to_channels_last),
+    _case("channels_last_one_channel", (2, 1, 7, 6), 5, 3, padding=1, view=to_channels_last),
+    _case("channels_last_same_even", (1, 8, 7, 8), 12, (2, 4), padding="same", view=to_channels_last),
+    _case("cropped", (2, 12, 6, 7), 8, 3, padding=1, view=cropped),
     _case(
-        "cropped_channels_last", (2, 12, 6, 7), 8, 3, padding=1, view=lambda x: _cropped(_channels_last(x))
+        "cropped_channels_last", (2, 12, 6, 7), 8, 3, padding=1, view=lambda x: cropped(to_channels_last(x))
     ),
     _case("transposed", (2, 12, 6, 7), 8, 3, padding=1, view=lambda x: x.mT.contiguous().mT),
     _case("expanded", (1, 12, 6, 7), 8, 3, padding=1, view=lambda x: x.expand(3, -1, -1, -1)),
@@ -440,10 +431,10 @@ CASES = (
         (1, 3),
         padding=(0, 3),
         dilation=2,
-        view=_channels_last,
+        view=to_channels_last,
     ),
     _case("empty", (0, 16, 5, 6), 12, 3, padding=1),
-    _case("empty_channels_last", (0, 16, 5, 6), 12, 3, view=_channels_last, activation="silu"),
+    _case("empty_channels_last", (0, 16, 5, 6), 12, 3, view=to_channels_last, activation="silu"),
 )
 
 registry.register(

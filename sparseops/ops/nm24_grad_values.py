@@ -28,6 +28,8 @@ def supports(grad: Tensor, x: Tensor | None = None, *_: Any) -> str | None:
     """Why no kernel can run on ``grad``, None if one can (on the CPU, torch's own product is it)."""
     if grad.device.type == "cpu" and not registry.on_gpu(grad):
         return None
+    if cuda.by_triton(grad):
+        return cuda.no_triton_reason(grad)
     if registry.on_gpu(grad) and grad.dtype not in (torch.float16, torch.bfloat16):
         return f"there is no CUDA kernel for {grad.dtype}"
     return cuda.no_device_reason(grad)
@@ -61,6 +63,10 @@ def _impl(grad: Tensor, x: Tensor, meta: Tensor) -> Tensor:
         return _by_rows(grad, x, meta)
     if not (grad.numel() and packed):
         return grad.new_zeros((rows, packed // 2))
+    if cuda.by_triton(grad):
+        from sparseops.triton.nm24_grad_values import grad_values as by_triton
+
+        return by_triton(cuda.unit_rows(grad), cuda.unit_rows(x), cuda.aligned(meta))
     tokens, features = x.shape
     grad_values = grad.new_empty((rows, packed // 2))
     grad, x, meta = cuda.aligned_rows(grad), cuda.aligned_rows(x), meta.contiguous()
@@ -162,7 +168,10 @@ registry.register(
         fn=nm24_grad_values,
         reference=nm24_grad_values_reference,
         supports=supports,
-        impls={("cpu", "torch"): "torch's product, gathered", **cuda.impls("f16 and bf16")},
+        impls={
+            ("cpu", "torch"): "torch's product, gathered",
+            **cuda.impls("f16 and bf16", "f32, f16 and bf16"),
+        },
         cases=tuple(
             registry.Case(name, partial(_inputs, tokens, in_features, out_features))
             for name, tokens, in_features, out_features in (

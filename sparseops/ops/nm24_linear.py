@@ -22,11 +22,13 @@ from sparseops.ops.common import (
     ACTIVATIONS,
     activate,
     activation_grad,
+    behind_one,
+    beside_nan,
     check_devices,
     check_residual,
     check_weight,
     finish,
-    loop_vmap,
+    layer_vmap,
     make_bias,
     make_weight,
 )
@@ -56,12 +58,29 @@ def _dense(
 
 def supports(x: Tensor, values: Tensor | None = None, *_: Any) -> str | None:
     """Why no kernel can run on ``x`` and ``values``, None if one can; looks at devices and dtypes alone."""
-    return cuda.no_product_reason(x, values)
+    return cuda.no_triton_reason(x, values) if _by_triton(x) else cuda.no_product_reason(x, values)
+
+
+def _by_triton(x: Tensor) -> bool:
+    return _native.impl in ("auto", "triton") and cuda.by_triton(x)
+
+
+def kernel(values: Tensor) -> str:
+    """The kernel that runs for ``values``, where ``supports`` finds nothing against it."""
+    if _by_triton(values):
+        return cuda.triton_name("expanded in registers")
+    return cuda.kernel_name(values, no_wgmma(values) if registry.on_gpu(values) else None)
+
+
+def prepare(values: Tensor, meta: Tensor, **options: Any) -> None:
+    """``cuda.prepare``, where a CUDA kernel is going to run."""
+    if not _by_triton(values):
+        cuda.prepare(values, meta, **options)
 
 
 def no_wgmma(values: Tensor) -> str | None:
-    """Why no kernel by wgmma.sp can run on ``values``, None if one can."""
-    return cuda.no_wgmma_reason(values, values.shape[0], values.dtype)
+    """Why the CUDA kernel for ``values`` is none by wgmma.sp, None if it is one, or none runs."""
+    return None if _by_triton(values) else cuda.no_wgmma_reason(values, values.shape[0], values.dtype)
 
 
 def _check(
@@ -150,7 +169,25 @@ def _impl(
     if not packed:  # nothing to multiply
         return _dense(x, expanded(values, meta), bias, residual, activation).contiguous()
     residual = None if residual is None else _as_rows(residual)
+    if _by_triton(x):
+        return _in_triton(_as_rows(x), values, meta, bias, residual, activation).view(shape)
     return cuda.linear(NAME, _as_rows(x), values, meta, bias, residual, activation, x.dtype).view(shape)
+
+
+def _in_triton(
+    x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None, residual: Tensor | None, activation: str
+) -> Tensor:
+    """Run the kernel in Triton on checked tensors; x and residual are rows."""
+    from sparseops.triton.nm24_linear import linear
+
+    return linear(
+        cuda.unit_rows(x),
+        cuda.aligned(values),
+        cuda.aligned(meta),
+        None if bias is None else bias.contiguous(),
+        None if residual is None else cuda.unit_rows(residual),
+        activation,
+    )
 
 
 def _fake(
@@ -192,14 +229,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def _vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Tensor, int]:
-    x_dim, *weight_dims, residual_dim, _ = in_dims
-    if x_dim is None or any(dim is not None for dim in weight_dims):
-        return loop_vmap(_op, info, in_dims, args), 0
-    x, *weight, residual, activation = args
-    if residual is not None:
-        whole = residual.expand(info.batch_size, *residual.shape)
-        residual = whole if residual_dim is None else residual.movedim(residual_dim, 0)
-    return _op(x.movedim(x_dim, 0), *weight, residual, activation), 0
+    return layer_vmap(_op, info, in_dims, args, residual=4, images=False)
 
 
 _op = registry.define(
@@ -278,16 +308,6 @@ def _case(name: str, *sizes: Any, **options: Any) -> registry.Case:
     return registry.Case(name, partial(_inputs, *sizes, **options))
 
 
-def _strided(x: Tensor) -> Tensor:
-    """``x`` as the left part of rows whose right part is NaN: a kernel that reads past K shows it."""
-    return torch.cat([x, torch.full_like(x, torch.nan)], -1)[..., : x.shape[-1]]
-
-
-def _misaligned(x: Tensor) -> Tensor:
-    """``x`` one element behind the start of its storage."""
-    return torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape)
-
-
 CASES = (
     _case("one_token", 1, 64, 48),
     _case("lt_tile", 2, 8, 3),
@@ -307,9 +327,9 @@ CASES = (
     _case("relu_no_bias_tail", 5, 70, 21, activation="relu", bias=False),
     _case("batched", (2, 3, 5), 64, 24),
     _case("vector", (), 40, 12),
-    _case("strided", 6, 40, 24, view=_strided),
-    _case("strided_one_token", 1, 39, 24, view=_strided),
-    _case("misaligned", 6, 64, 24, view=_misaligned),
+    _case("strided", 6, 40, 24, view=beside_nan),
+    _case("strided_one_token", 1, 39, 24, view=beside_nan),
+    _case("misaligned", 6, 64, 24, view=behind_one),
     _case("transposed", 6, 64, 24, view=lambda x: x.t().contiguous().t()),
     _case("expanded", 1, 64, 24, view=lambda x: x.expand(5, -1)),
     _case(
@@ -317,10 +337,10 @@ CASES = (
     ),
     _case("negated", 6, 64, 24, view=torch._neg_view),
     _case("residual", 6, 64, 24, residual=torch.clone),
-    _case("residual_tail", (2, 5), 37, 19, residual=_strided, bias=False),
+    _case("residual_tail", (2, 5), 37, 19, residual=beside_nan, bias=False),
     # small: the sign of a rounded sum near 0, and with it relu's slope, is a matter of rounding
-    _case("residual_relu", 2, 64, 20, residual=_misaligned, activation="relu"),
-    _case("residual_gelu", 40, 64, 70, residual=_misaligned, activation="gelu"),
+    _case("residual_relu", 2, 64, 20, residual=behind_one, activation="relu"),
+    _case("residual_gelu", 40, 64, 70, residual=behind_one, activation="gelu"),
     _case("empty", 0, 64, 24),
     _case("batched_empty", (2, 0), 64, 24, activation="gelu"),
     _case("no_rows", 4, 64, 0),
@@ -335,10 +355,12 @@ registry.register(
         impls=registry.cpu_impls("f32, f16 and bf16, any shape")
         | cuda.impls(
             "f16 and bf16 by mma.sp, any shape, and by wgmma.sp on compute capability 9.0 for multiples of 8 "
-            "outputs; f32 where torch allows bf16 for it"
+            "outputs; f32 where torch allows bf16 for it",
+            "f32, f16 and bf16, any shape",
         ),
         cases=CASES,
-        prepare=cuda.prepare,
+        prepare=prepare,
         no_wgmma=no_wgmma,
+        kernel=kernel,
     )
 )

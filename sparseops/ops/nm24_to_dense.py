@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparseops import _native
+from sparseops import _native, triton
 from sparseops.formats.nm24 import DTYPES, expand, gather
 from sparseops.ops import cuda, registry
 from sparseops.ops.common import check_devices, check_weight, make_weight
@@ -26,9 +26,10 @@ def supports(values: Tensor, meta: Tensor | None = None) -> str | None:
     """Why no kernel can expand ``values``, None if one can (on the CPU, torch's own scatter is it)."""
     if values.device.type == "cpu" and not registry.on_gpu(values):
         return None
+    by_triton = cuda.by_triton(values)
     if registry.on_gpu(values) and values.element_size() not in (1, 2, 4):
-        return f"there is no CUDA kernel for {values.dtype}"
-    return cuda.no_device_reason(values)
+        return f"there is no {'Triton' if by_triton else 'CUDA'} kernel for {values.dtype}"
+    return triton.no_triton_reason(values) if by_triton else cuda.no_device_reason(values)
 
 
 def _check(values: Tensor, meta: Tensor) -> None:
@@ -53,6 +54,10 @@ def expanded(values: Tensor, meta: Tensor) -> Tensor:
     if not registry.on_gpu(values) or supports(values) is not None or not values.numel():
         return expand(values, meta)
     values, meta = cuda.aligned(values), meta.contiguous()
+    if cuda.by_triton(values):
+        from sparseops.triton.nm24_to_dense import to_dense
+
+        return to_dense(values, cuda.aligned(meta))
     rows, kept = values.shape
     dense = values.new_empty((rows, kept * 2))
     _native.require(NAME).nm24_to_dense_cuda(
@@ -133,7 +138,10 @@ registry.register(
         fn=nm24_to_dense,
         reference=nm24_to_dense_reference,
         supports=supports,
-        impls={("cpu", "torch"): "torch's scatter", ("cuda", "any"): "copies 1, 2 and 4-byte elements"},
+        impls={
+            ("cpu", "torch"): "torch's scatter",
+            **cuda.impls("copies 1, 2 and 4-byte elements", "the same"),
+        },
         cases=tuple(
             registry.Case(name, partial(_inputs, rows, cols))
             for name, rows, cols in (

@@ -46,6 +46,7 @@ class Op:
         prepare: called with the tensors of a weight when they have moved or changed.
         no_wgmma: called with the values of a weight, why the CUDA kernels by wgmma.sp cannot take it where
             others can, or None.
+        kernel: called as ``supports``, the name of what runs; None for ops that ``cuda.kernel_name`` knows.
     """
 
     name: str
@@ -58,6 +59,7 @@ class Op:
     differentiable: bool = True
     prepare: Callable[..., None] | None = None
     no_wgmma: Callable[..., str | None] | None = None
+    kernel: Callable[..., str] | None = None
 
     def runs_on(self, device: str) -> bool:
         """Whether there is a kernel for this type of device."""
@@ -116,21 +118,31 @@ def _no_gradient(name: str, *_: Any) -> None:
 def _autocast(overload: torch._ops.OpOverload, device: str) -> Callable[..., Tensor]:
     def cast_and_call(*args: Any) -> Tensor:
         dtype = torch.get_autocast_dtype(device)
-
-        def cast(arg: Any) -> Any:
-            if isinstance(arg, Tensor) and arg.is_floating_point() and arg.dtype != torch.float64:
-                return arg.to(dtype)
-            return arg
-
         with torch.autocast(device, enabled=False):
-            return overload(*map(cast, args))
+            return overload(*(_cast(arg, dtype) for arg in args))
 
     return cast_and_call
 
 
+def _cast(arg: Any, dtype: torch.dtype) -> Any:
+    if isinstance(arg, Tensor) and arg.is_floating_point() and arg.dtype != torch.float64:
+        return arg.to(dtype)
+    return arg
+
+
+def autocast(x: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
+    """The arguments in the dtype of the active autocast region, if there is one for the device of ``x``: for
+    what is composed of several ops."""
+    device = x.device.type
+    if not torch.is_autocast_enabled(device):
+        return (x, *others)
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(_cast(arg, dtype) for arg in (x, *others))
+
+
 def on_gpu(x: Tensor) -> bool:
-    """Whether CUDA kernels serve ``x``: it lies on a GPU, or on the CPU while that stands for one."""
-    return x.is_cuda or (_native.emulated is not None and x.is_cpu)
+    """Whether the kernels for GPUs serve ``x``: it lies on one, or on the CPU while that stands for one."""
+    return x.is_cuda or ((_native.emulated is not None or _native.interpreted) and x.is_cpu)
 
 
 def no_kernel_reason(x: Tensor, values: Tensor | None = None) -> str | None:
@@ -196,7 +208,7 @@ def cpu_impls(note: str) -> dict[tuple[str, str], str]:
 FAST_ON_GPU = _native.C is not None and _native.fast_path
 """Whether the public functions may call CUDA kernels without going through torch's dispatcher."""
 
-FAST = FAST_ON_GPU and not _native.emulated
+FAST = FAST_ON_GPU and not (_native.emulated or _native.interpreted)
 """The same for the CPU kernels, which do not run where the CPU stands for a GPU."""
 
 try:
@@ -216,7 +228,15 @@ _compiling = torch.compiler.is_compiling
 _grad_enabled = torch.is_grad_enabled
 
 
-def fast(x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None) -> bool:
+def is_watched() -> bool:
+    """Whether torch.compile, torch.jit.trace, a mode or functorch looks on, for whom a tensor may have no
+    numbers to read."""
+    return not _KNOWS_TRANSFORMS or bool(
+        _compiling() or _dispatch_modes() or _functorch() is not None or _tracing()
+    )
+
+
+def fast(x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None, index: Tensor | None = None) -> bool:
     """Whether a call may go straight to the CPU kernel, because the dispatcher would only have passed it on.
 
     It may not while torch.compile, torch.jit.trace or a mode watches, under functorch, autocast or
@@ -236,6 +256,7 @@ def fast(x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None) -> bool:
         and not (x.is_neg() or values.is_neg())
         and not (_grad_enabled() and (x.requires_grad or values.requires_grad))
         and (bias is None or _fast_bias(bias))
+        and (index is None or (type(index) is Tensor and index.is_cpu))
         and not _dispatch_modes()
         and not _function_mode()
         and _functorch() is None
