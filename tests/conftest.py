@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sparseops import _native, env
+from sparseops import _measure, _native, env
 from sparseops.ops import REGISTRY, cuda, dispatch
 from sparseops.ops.common import make_bias, make_weight
 from sparseops.ops.dispatch import Tile
@@ -82,8 +82,8 @@ TILES = {
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 CASES = [pytest.param(op, case, id=f"{op.name}-{case.name}") for op in REGISTRY.values() for case in op.cases]
 SMOOTH_CASES = [case for case in CASES if case.values[0].differentiable]
-LAYERS = [REGISTRY["nm24_linear"], REGISTRY["nm24_conv"]]
-LINEAR, CONV, INT8, F8 = PRODUCTS = [*LAYERS, REGISTRY["nm24_linear_i8"], REGISTRY["nm24_linear_f8"]]
+LAYERS = [REGISTRY[name] for name in ("nm24_linear", "nm24_conv", "channel_linear", "channel_conv")]
+LINEAR, CONV, INT8, F8 = PRODUCTS = [*LAYERS[:2], REGISTRY["nm24_linear_i8"], REGISTRY["nm24_linear_f8"]]
 HALVES = {"bf16": torch.bfloat16, "f16": torch.float16}
 
 every_case = pytest.mark.parametrize(("op", "case"), CASES)
@@ -242,12 +242,15 @@ class Wrapper(torch.nn.Module):
     def __init__(self, op, args, kwargs):
         super().__init__()
         self.op, self.kwargs = op, kwargs
-        self.values = torch.nn.Parameter(args[1])
-        self.register_buffer("columns", args[2])
-        self.bias = None if args[3] is None else torch.nn.Parameter(args[3])
+        self.names = [f"argument_{i}" for i in range(1, len(args))]
+        for name, arg in zip(self.names, args[1:], strict=True):
+            if arg is not None and arg.is_floating_point():
+                self.register_parameter(name, torch.nn.Parameter(arg))
+            else:
+                self.register_buffer(name, arg)
 
     def forward(self, x):
-        return self.op.fn(x, self.values, self.columns, self.bias, **self.kwargs)
+        return self.op.fn(x, *(getattr(self, name) for name in self.names), **self.kwargs)
 
 
 def program(folder: Path, name: str, text: str) -> Path:
@@ -266,6 +269,12 @@ def whole_f32():
     torch.backends.cudnn.allow_tf32 = False
     yield
     torch.backends.cudnn.allow_tf32 = before
+
+
+@pytest.fixture
+def always_faster(monkeypatch):
+    """Pretend that sparse layers take half the time: no test may depend on how busy the machine is."""
+    monkeypatch.setattr(_measure, "_alternate", lambda dense, sparse, device: (2.0, 1.0))
 
 
 @pytest.fixture

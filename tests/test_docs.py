@@ -97,7 +97,7 @@ def test_commands_that_are_named_exist() -> None:
 def test_formats_page_runs() -> None:
     names: dict[str, object] = {}
     blocks = re.findall(r"^```python\n(.*?)^```", _text("docs/formats.md"), re.MULTILINE | re.DOTALL)
-    assert len(blocks) == 4
+    assert len(blocks) == 6
     for block in blocks:
         exec(compile(block, "docs/formats.md", "exec"), names)
 

@@ -449,7 +449,7 @@ def test_weight_without_the_pattern_is_refused():
 
 
 def test_unknown_format_is_refused():
-    with pytest.raises(ValueError, match=r"SparseLinear: format must be one of nm24, got 'csr'"):
+    with pytest.raises(ValueError, match=r"SparseLinear: format must be one of nm24, channel, got 'csr'"):
         SparseLinear(64, 8, format="csr")
 
 

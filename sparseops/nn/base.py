@@ -19,9 +19,9 @@ class SparseModule(nn.Module):
     """A layer whose weight is held in a sparse format.
 
     The format's ``values`` are a Parameter, so that the layer can be fine-tuned and keeps its pattern
-    exactly; its other tensors (``meta`` of 2:4) are buffers. ``state_dict`` holds these and ``bias``;
-    ``load_state_dict`` takes them, or the dense ``weight`` of an ordinary layer if it has the format's
-    pattern.
+    exactly; its other tensors (``meta`` of 2:4, the lists of kept channels) are buffers. ``state_dict``
+    holds these and ``bias``; ``load_state_dict`` takes them, of whatever size they are in the checkpoint, or
+    the dense ``weight`` of an ordinary layer if it has the format's pattern.
 
     format: key of the format. weight_shape: shape of the dense weight. A subclass names its dense class and
     the second half of its op's name, and lists the attributes it takes over from the dense layer.
@@ -37,13 +37,11 @@ class SparseModule(nn.Module):
     bias: nn.Parameter | None
 
     @classmethod
-    def from_dense(
-        cls: type[Self], layer: nn.Module, *, prune: str | None = None, format: str = "nm24"
-    ) -> Self:
+    def from_dense(cls: type[Self], layer: nn.Module, *, prune: Any = None, format: str = "nm24") -> Self:
         """The sparse layer that computes what ``layer`` does, with a copy of its bias and its training mode.
 
-        prune: how to choose the weights to drop when ``layer.weight`` does not have the pattern; None refuses
-        it.
+        prune: how to choose the weights to drop when ``layer.weight`` does not have the pattern, in the words
+        of the format's ``from_dense``; None refuses it.
 
         Raises:
             TypeError: ``layer`` is not of the dense class of this one, or its weight is not floating-point.
@@ -54,7 +52,7 @@ class SparseModule(nn.Module):
 
     @classmethod
     def pack(
-        cls: type[Self], layer: nn.Module, *, prune: str | None = None, format: str = "nm24"
+        cls: type[Self], layer: nn.Module, *, prune: Any = None, format: str = "nm24"
     ) -> tuple[Self, SparseFormat]:
         """``from_dense``, and beside the layer its packed weight, which knows what the pruning cost."""
         if not isinstance(layer, cls.dense_class):
@@ -67,7 +65,7 @@ class SparseModule(nn.Module):
         packed = self._take(layer, prune=prune, format=format)
         return self, packed
 
-    def _take(self, layer: Any, *, prune: str | None, format: str) -> SparseFormat:
+    def _take(self, layer: Any, *, prune: Any, format: str) -> SparseFormat:
         """Become the sparse form of ``layer``; returns the packed weight."""
         if format not in FORMATS:
             raise ValueError(
@@ -75,7 +73,8 @@ class SparseModule(nn.Module):
             )
         weight: Tensor = layer.weight
         bias: Tensor | None = layer.bias
-        packed = FORMATS[format].from_dense(weight.detach(), prune=prune)
+        groups = getattr(layer, "groups", 1)
+        packed = FORMATS[format].from_dense(weight.detach(), prune=prune, groups=groups)
         for name in self.hyperparameters:
             setattr(self, name, getattr(layer, name))
         self.format = format
@@ -119,12 +118,30 @@ class SparseModule(nn.Module):
     @property
     def packed(self) -> SparseFormat:
         """The weight as a format object over this layer's own tensors (no copy)."""
-        return _packed(self.format, self.weight_shape, {"values": self.values, **self._metadata()})
+        return self._packed({"values": self.values, **self._metadata()})
+
+    def _packed(self, tensors: dict[str, Tensor]) -> SparseFormat:
+        """A format object of other tensors for the weight of this layer."""
+        constructor: Any = FORMATS[self.format]
+        options = {
+            name: getattr(self, name, 1) for name in constructor.options
+        }  # linear layers have no groups
+        packed: SparseFormat = constructor(shape=self.weight_shape, **options, **tensors)
+        return packed
 
     def _tensors(self) -> list[Tensor]:
-        """What the format stores, in the order that ops take it: values, then metadata."""
+        """What ops take of the weight by position."""
         buffers = self._buffers
-        return [self.values, *[buffers[name] for name in self._buffer_names]]  # type: ignore[list-item]
+        names = FORMATS[self.format].positional
+        return [self.values, *[buffers[name] for name in names]]  # type: ignore[list-item]
+
+    def _keywords(self) -> dict[str, Any]:
+        """What they take of it by keyword."""
+        format = FORMATS[self.format]
+        given: dict[str, Any] = {name: self._buffers.get(name) for name in format.by_keyword}
+        if format.needs_outputs:
+            given["outputs"] = self.weight_shape[0]
+        return given
 
     def _metadata(self) -> dict[str, Tensor]:
         return {name: getattr(self, name) for name in self._buffer_names}
@@ -141,6 +158,8 @@ class SparseModule(nn.Module):
         reason = self.op.supports(self.values, **self._options())
         if reason is not None:
             return f"reference: {reason}"
+        if self.op.kernel is not None:
+            return self.op.kernel(self.values, **self._options())
         return cuda.kernel_name(self.values, self._no_wgmma())
 
     @property
@@ -164,7 +183,8 @@ class SparseModule(nn.Module):
     def _prepare(self) -> None:
         """The stored tensors are others than before: let the op derive from them what its kernels want."""
         if self.op.prepare is not None and self.op.supports(self.values, **self._options()) is None:
-            self.op.prepare(*self._tensors(), **self._options())
+            options = {"channels": self.weight_shape[1]} | self._options()  # of convolutions: of all groups
+            self.op.prepare(*self._tensors(), **self._keywords(), **options)
 
     def to_dense(self) -> nn.Module:
         """An ordinary layer with the same weight, zeros filled in; tensors of its own, same training mode."""
@@ -192,6 +212,9 @@ class SparseModule(nn.Module):
             moved = getattr(self, name)
             if moved.dtype != tensor.dtype:
                 setattr(self, name, tensor.to(moved.device))
+        # .to(memory_format=...) means images, and takes compact weights of four dimensions for such.
+        if not self.values.is_contiguous():
+            self.values.data = self.values.data.contiguous()
         self._prepare()
         return self
 
@@ -229,15 +252,19 @@ class SparseModule(nn.Module):
                 f"load_state_dict: {prefix}weight must have shape {self.weight_shape}, got {shape}"
             )
         try:
-            packed = FORMATS[self.format].from_dense(weight)
+            packed = FORMATS[self.format].from_dense(weight, groups=getattr(self, "groups", 1))
         except (ValueError, TypeError) as exc:
             raise type(exc)(f"load_state_dict: {prefix}weight must fit format {self.format}: {exc}") from exc
-        for name, tensor in tensors_of(packed).items():
+        tensors = tensors_of(packed)
+        for name, tensor in tensors.items():
             own[prefix + name] = tensor
+        self._make_room(tensors)
 
     def _check_checkpoint(self, own: dict[str, Any], prefix: str) -> None:
         """Refuse packed tensors that a kernel could not read."""
-        given = [name for name in ("values", *self._buffer_names) if prefix + name in own]
+        format = FORMATS[self.format]
+        names = ("values", *format.positional, *format.by_keyword)
+        given = [name for name in names if prefix + name in own]
         if not given:
             return
         if "values" not in given:
@@ -245,6 +272,8 @@ class SparseModule(nn.Module):
                 f"load_state_dict: {prefix}values must come with {prefix}{given[0]}, got a checkpoint without"
             )
         tensors = {"values": self.values, **self._metadata()}
+        for name in format.by_keyword:
+            tensors.pop(name, None)
         for name in given:
             tensor = own[prefix + name]
             if not isinstance(tensor, Tensor):
@@ -257,15 +286,23 @@ class SparseModule(nn.Module):
         )
         on_one_device = {name: tensor.detach().to(device) for name, tensor in tensors.items()}
         try:
-            _packed(self.format, self.weight_shape, on_one_device).validate()
+            self._packed(on_one_device).validate()
         except ValueError as exc:
             raise ValueError(f"load_state_dict: {prefix}{'/'.join(given)} must be valid: {exc}") from exc
+        self._make_room(tensors)
 
-
-def _packed(format: str, shape: tuple[int, ...], tensors: dict[str, Tensor]) -> SparseFormat:
-    constructor: Any = FORMATS[format]
-    packed: SparseFormat = constructor(shape=shape, **tensors)
-    return packed
+    def _make_room(self, tensors: dict[str, Tensor]) -> None:
+        """Tensors of the sizes of ``tensors``, for a checkpoint that keeps other channels than this layer."""
+        device = self.values.device
+        if self.values.shape != tensors["values"].shape:
+            self.values.data = self.values.new_empty(tensors["values"].shape)
+        for name, tensor in tensors.items():
+            if name != "values" and getattr(self._buffers.get(name), "shape", None) != tensor.shape:
+                self.register_buffer(name, torch.empty_like(tensor, device=device))
+        self._buffer_names = tuple(name for name in tensors if name != "values")
+        for name in FORMATS[self.format].by_keyword:
+            if name not in tensors:
+                self._buffers.pop(name, None)
 
 
 def tensors_of(packed: SparseFormat) -> dict[str, Tensor]:

@@ -133,6 +133,7 @@ class SparseConv2d(_SparseConv):
             padding=padding,
             dilation=self.dilation,
             groups=self.groups,
+            **self._keywords(),
         )
 
 
@@ -156,5 +157,6 @@ class SparseConv1d(_SparseConv):
             padding=padding if isinstance(padding, str) else (0, *padding),
             dilation=(1, *self.dilation),
             groups=self.groups,
+            **self._keywords(),
         )
         return y.squeeze(-2)

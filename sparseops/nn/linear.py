@@ -41,7 +41,7 @@ class SparseLinear(SparseModule):
             raise ValueError(
                 f"SparseLinear: input must have {self.in_features} features, got shape {tuple(input.shape)}"
             )
-        return self.op.fn(input, *self._tensors(), self.bias)
+        return self.op.fn(input, *self._tensors(), self.bias, **self._keywords())
 
     def _empty_dense(self, **factory: Any) -> nn.Module:
         return nn.Linear(self.in_features, self.out_features, self.bias is not None, **factory)
