@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -12,12 +12,30 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
-from sparseops.nn import SparseConv1d, SparseConv2d, SparseLinear, SparseModule
+from sparseops.nn import (
+    SparseConv1d,
+    SparseConv2d,
+    SparseEmbedding,
+    SparseGRU,
+    SparseLinear,
+    SparseLSTM,
+    SparseModule,
+)
+from sparseops.prune import Channels, Plan, Treatment
 from sparseops.report import Code
 
 Choice: TypeAlias = "str | type[nn.Module] | Callable[[str, nn.Module], bool]"
 
-SPARSE_CLASSES: tuple[type[SparseModule], ...] = (SparseLinear, SparseConv1d, SparseConv2d)
+SPARSE_CLASSES: tuple[type[SparseModule], ...] = (
+    SparseLinear,
+    SparseConv1d,
+    SparseConv2d,
+    SparseLSTM,
+    SparseGRU,
+    SparseEmbedding,
+)
+
+FORMAT_24, FORMAT_CHANNELS = "nm24", "channel"
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MIN_OUT = 8
@@ -39,14 +57,15 @@ _WEIGHT_READERS: tuple[tuple[type[nn.Module], tuple[str, ...]], ...] = (
 
 @dataclass
 class Layer:
-    """A layer that holds a weight. names: all its names in the model. code: None when it can be made
-    sparse."""
+    """A layer that holds a weight. names: all its names in the model. treatment: what was asked for it. code:
+    None when it can be made sparse."""
 
     names: tuple[str, ...]
     module: Any
     kind: str
     shape: tuple[int, ...]
     nbytes: int
+    treatment: Treatment = "2:4"
     code: Code | None = None
     reason: str = ""
     notes: list[str] = field(default_factory=list)
@@ -59,9 +78,17 @@ class Layer:
     def sparse_class(self) -> type[SparseModule] | None:
         return next((cls for cls in SPARSE_CLASSES if isinstance(self.module, cls.dense_class)), None)
 
+    @property
+    def format(self) -> str:
+        """Of the sparse layer that was asked for."""
+        return FORMAT_CHANNELS if isinstance(self.treatment, Channels) else FORMAT_24
+
 
 def find_layers(
-    model: nn.Module, include: Iterable[Choice] | None = None, exclude: Iterable[Choice] = ()
+    model: nn.Module,
+    include: Iterable[Choice] | None = None,
+    exclude: Iterable[Choice] = (),
+    pattern: Treatment | Plan = "2:4",
 ) -> list[Layer]:
     """Every layer of ``model`` with a weight of two or more dimensions, in the order of ``named_modules``."""
     names: dict[int, list[str]] = {}
@@ -74,25 +101,15 @@ def find_layers(
     readers = _read_from_outside(modules.values())
     layers = []
     for key, module in modules.items():
-        weight = _weight_of(module)
-        if weight is None:
+        layer = _layer(tuple(names[key]), module)
+        if layer is None:
             continue
-        layer = Layer(
-            names=tuple(names[key]),
-            module=module,
-            kind=_kind(module),
-            shape=_shape(weight),
-            nbytes=_nbytes(weight),
-        )
-        if isinstance(module, SparseModule):
-            layer.kind = module.dense_class.__name__
-            layer.shape = module.weight_shape
-            layer.nbytes = module.packed.nbytes
         if len(layer.names) > 1:
             layer.notes.append(f"also named {', '.join(layer.names[1:])}")
         verdict = (
             _identity(layer)
             or _choice(layer, by_name, include, exclude)
+            or _treatment(layer, by_name, pattern)
             or _behaviour(layer, readers)
             or _weight(layer, shared)
             or _size(layer)
@@ -101,6 +118,20 @@ def find_layers(
             layer.code, layer.reason = verdict
         layers.append(layer)
     return layers
+
+
+def _layer(names: tuple[str, ...], module: nn.Module) -> Layer | None:
+    """None for a module that holds no weight."""
+    if isinstance(module, SparseModule):
+        kind = module.dense_class.__name__
+        return Layer(names, module, kind, module.weight_shape, module.packed.nbytes)
+    weight = _weight_of(module)
+    if weight is None:
+        return None
+    nbytes = _nbytes(weight)
+    if isinstance(module, nn.RNNBase):
+        nbytes = sum(_nbytes(p) for p in _weights(module).values())
+    return Layer(names, module, _kind(module), _shape(weight), nbytes)
 
 
 Verdict: TypeAlias = "tuple[Code, str] | None"
@@ -136,6 +167,20 @@ def _choice(
     return None
 
 
+def _treatment(layer: Layer, by_name: dict[str, nn.Module], pattern: Treatment | Plan) -> Verdict:
+    """Finds out what is asked for the layer."""
+    if not isinstance(pattern, Plan):
+        layer.treatment = pattern
+        return None
+    for name, treatment in pattern.rules:
+        if _matches(name, layer, by_name):
+            layer.treatment = treatment
+            if treatment is None:
+                return Code.EXCLUDED, f"the plan leaves it dense by {_say(name)}"
+            return None
+    return Code.EXCLUDED, "no pattern of the plan names it"
+
+
 def _behaviour(layer: Layer, readers: dict[int, str]) -> Verdict:
     """What the layer does besides multiplying by its weight, and who else needs that weight."""
     module = layer.module
@@ -152,10 +197,8 @@ def _behaviour(layer: Layer, readers: dict[int, str]) -> Verdict:
         return Code.PATCHED, f"its {', '.join(patched)} was replaced on the instance"
     if vars(module).get("_compiled_call_impl") is not None:
         return Code.PATCHED, "its compile() was called; convert first, compile then"
-    if vars(module).get("_compiled_call_impl") is not None:
-        return Code.PATCHED, "it was compiled in place (layer.compile()); convert first, compile then"
     extra = [
-        *(module._parameters.keys() - {"weight", "bias"}),
+        *(module._parameters.keys() - _own_parameters(module)),
         *module._buffers.keys(),
         *module._modules.keys(),
     ]
@@ -168,30 +211,57 @@ def _behaviour(layer: Layer, readers: dict[int, str]) -> Verdict:
 
 
 def _weight(layer: Layer, shared: dict[int, str]) -> Verdict:
-    """What the weight is."""
-    weight, bias = layer.module.weight, layer.module.bias
-    if type(weight) is not nn.Parameter or weight.layout != torch.strided:
-        found = f"layout {weight.layout}" if type(weight) is nn.Parameter else type(weight).__name__
-        return Code.TENSOR_KIND, f"{Code.TENSOR_KIND.explanation} but {found}"
-    if weight.is_meta:
-        return Code.META_DEVICE, f"{Code.META_DEVICE.explanation}; load the weights, then convert"
-    if weight.is_complex():
-        return Code.COMPLEX, f"{Code.COMPLEX.explanation} ({_say_dtype(weight)})"
-    if weight.dtype not in DTYPES:
-        return Code.DTYPE, f"{Code.DTYPE.explanation}, got {_say_dtype(weight)}"
-    if bias is not None and bias.dtype != weight.dtype:
-        return (
-            Code.DTYPE,
-            f"bias and weight must have one dtype, got {_say_dtype(bias)} and {_say_dtype(weight)}",
-        )
+    """What the weights are."""
+    weights = _weights(layer.module).values()
+    for weight in weights:
+        if type(weight) is not nn.Parameter or weight.layout != torch.strided:
+            found = f"layout {weight.layout}" if type(weight) is nn.Parameter else type(weight).__name__
+            return Code.TENSOR_KIND, f"{Code.TENSOR_KIND.explanation} but {found}"
+        if weight.is_meta:
+            return Code.META_DEVICE, f"{Code.META_DEVICE.explanation}; load the weights, then convert"
+        if weight.is_complex():
+            return Code.COMPLEX, f"{Code.COMPLEX.explanation} ({_say_dtype(weight)})"
+        if weight.dtype not in DTYPES:
+            return Code.DTYPE, f"{Code.DTYPE.explanation}, got {_say_dtype(weight)}"
+        for other in layer.module._parameters.values():
+            if other is not None and other.dtype != weight.dtype:
+                return Code.DTYPE, (
+                    f"bias and weight must have one dtype, got {_say_dtype(other)} and {_say_dtype(weight)}"
+                )
     if id(layer.module) in shared:
         return Code.SHARED_WEIGHT, f"{shared[id(layer.module)]} uses the same weight"
     return None
 
 
 def _size(layer: Layer) -> Verdict:
-    """Layers in which the overhead of the format outweighs the products it saves."""
-    module, (outs, ins) = layer.module, layer.shape[:2]
+    """Layers in which the format can leave nothing out, or costs more than the products it saves."""
+    module = layer.module
+    groups: int = getattr(module, "groups", 1)
+    if groups > 1 and layer.shape[1] == 1:
+        return Code.DEPTHWISE, Code.DEPTHWISE.explanation
+    if getattr(module, "proj_size", 0):
+        return Code.KIND, f"a recurrent layer must have no projection, got proj_size {module.proj_size}"
+    if layer.shape[0] % groups:
+        return Code.GROUPED, f"groups must divide the output channels, got {groups} for {layer.shape[0]}"
+    if layer.format == FORMAT_CHANNELS:
+        return None
+    if isinstance(module, nn.Embedding):
+        return Code.KIND, "there is no 2:4 module for Embedding, whose channels alone can be pruned"
+    if isinstance(module, nn.RNNBase):
+        return too_small_for_24(module, (module.hidden_size, module.input_size))
+    return too_small_for_24(module, layer.shape)
+
+
+def too_small_for_24(module: nn.Module, shape: Sequence[int]) -> Verdict:
+    """Whether 2:4 would cost more than it saves in a layer of this kind with so many outputs and inputs (of a
+    convolution group)."""
+    outs, ins = shape[:2]
+    if isinstance(module, nn.RNNBase):
+        if min(outs, ins) < MIN_IN_LINEAR:
+            return Code.TOO_SMALL, (
+                f"input_size and hidden_size must be at least {MIN_IN_LINEAR}, got {ins} and {outs}"
+            )
+        return None
     if isinstance(module, nn.Linear):
         if ins < MIN_IN_LINEAR or outs < MIN_OUT:
             return Code.TOO_SMALL, (
@@ -199,9 +269,7 @@ def _size(layer: Layer) -> Verdict:
                 f"got {ins} and {outs}"
             )
         return None
-    groups: int = module.groups
-    if groups > 1 and ins == 1:
-        return Code.DEPTHWISE, Code.DEPTHWISE.explanation
+    groups: int = module.groups  # type: ignore[assignment]
     if ins < MIN_IN_CONV or outs // groups < MIN_OUT:
         per_group = " per group" if groups > 1 else ""
         return (Code.GROUPED if groups > 1 else Code.TOO_SMALL), (
@@ -211,10 +279,20 @@ def _size(layer: Layer) -> Verdict:
     return None
 
 
+def _own_parameters(module: nn.Module) -> set[str]:
+    """The parameters that a layer of its kind has."""
+    if isinstance(module, nn.RNNBase):
+        return set(module._flat_weights_names)
+    return {"weight"} if isinstance(module, nn.Embedding) else {"weight", "bias"}
+
+
+def _weights(module: nn.Module) -> dict[str, Tensor]:
+    """The parameters that are no biases, by name."""
+    return {name: p for name, p in module._parameters.items() if p is not None and p.dim() >= 2}
+
+
 def _weight_of(module: nn.Module) -> Tensor | None:
     """The largest tensor of at least two dimensions that the module itself holds as a weight."""
-    if isinstance(module, SparseModule):
-        return module.values
     if _is_quantized(module):
         weight = module.weight()  # type: ignore[operator]
         return weight if isinstance(weight, Tensor) else None
@@ -233,7 +311,7 @@ def _computed_weight(module: nn.Module) -> str | None:
         return "call torch.nn.utils.prune.remove on it first, and the zeros stay in its weight"
     if parametrize.is_parametrized(module):
         return "call torch.nn.utils.parametrize.remove_parametrizations on it first"
-    if "weight" not in module._parameters or "bias" not in module._parameters:
+    if _own_parameters(module) - module._parameters.keys():
         return (
             "make weight and bias parameters first (torch.nn.utils.remove_weight_norm, remove_spectral_norm)"
         )
@@ -255,9 +333,9 @@ def _dense_weight_hooks(module: nn.Module) -> str:
     for name in ("_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"):
         if getattr(module, name, None):
             found.append("load-state-dict hooks")
-    weight: Any = module._parameters["weight"]
-    if getattr(weight, "_backward_hooks", None) or getattr(weight, "_post_accumulate_grad_hooks", None):
-        found.append("gradient hooks on its weight")
+    for weight in _weights(module).values():
+        if weight._backward_hooks or getattr(weight, "_post_accumulate_grad_hooks", None):
+            found.append("gradient hooks on its weight")
     return " and ".join(dict.fromkeys(found))
 
 
@@ -272,7 +350,7 @@ def _read_from_outside(modules: Iterable[nn.Module]) -> dict[int, str]:
 
 
 def _shared_weights(modules: Iterable[nn.Module]) -> dict[int, str]:
-    """Modules whose ``weight`` overlaps in memory with another tensor of the model, by id, with which one."""
+    """Modules of which a weight overlaps in memory with another tensor of the model, by id, with which."""
     spans = []
     for module in modules:
         held = module.named_parameters(recurse=False, remove_duplicate=False)
@@ -284,20 +362,17 @@ def _shared_weights(modules: Iterable[nn.Module]) -> dict[int, str]:
             )
             start = tensor.data_ptr()
             end = start + (extent + 1) * tensor.element_size()
-            spans.append((str(tensor.device), start, end, module, name))
+            spans.append((str(tensor.device), start, end, (module, name, tensor.dim() >= 2)))
     spans.sort(key=lambda span: span[:2])
     shared: dict[int, str] = {}
-    reach: tuple[str, int, nn.Module, str] | None = None
-    for device, start, end, module, name in spans:
+    reach: tuple[str, int, tuple[nn.Module, str, bool]] | None = None
+    for device, start, end, holder in spans:
         if reach is not None and reach[0] == device and start < reach[1]:
-            for (one, its), (other, others) in (
-                ((module, name), (reach[2], reach[3])),
-                ((reach[2], reach[3]), (module, name)),
-            ):
-                if its == "weight":
-                    shared.setdefault(id(one), f"{others} of {type(other).__name__}")
+            for (one, _, is_weight), (other, name, _) in ((holder, reach[2]), (reach[2], holder)):
+                if is_weight:
+                    shared.setdefault(id(one), f"{name} of {type(other).__name__}")
         if reach is None or reach[0] != device or end > reach[1]:
-            reach = (device, end, module, name)
+            reach = (device, end, holder)
     return shared
 
 

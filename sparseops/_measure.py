@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 
 from sparseops.nn import SparseModule
@@ -25,6 +26,9 @@ Replacements = Mapping[int, SparseModule]
 
 MIN_RUNS, MAX_RUNS = 3, 50
 SECONDS_PER_LAYER = 0.25
+
+# Layers of which an output is a sum of products and the bias.
+_LINEAR = (nn.Linear, nn.Conv1d, nn.Conv2d)
 
 # A sparse and a dense sum of the same products differ by rounding alone. Whole outputs are compared against
 # their largest element, because later layers mix the elements.
@@ -49,8 +53,9 @@ class Inputs:
     kwargs: dict[str, Any]
 
     @classmethod
-    def of(cls, example: Any) -> Inputs:
-        """A tensor is the one argument, a tuple the arguments, a dict the keyword arguments.
+    def of(cls, example: Any, caller: str = "convert") -> Inputs:
+        """A tensor is the one argument, a tuple the arguments, a dict the keyword arguments. caller: the
+        function that a user called, which errors begin with.
 
         Raises:
             TypeError: ``example`` is none of these.
@@ -62,8 +67,8 @@ class Inputs:
         if isinstance(example, dict) and all(isinstance(key, str) for key in example):
             return cls((), example)
         raise TypeError(
-            "convert: example_inputs must be a tensor, a tuple of arguments or a dict of keyword arguments, "
-            f"got {type(example).__name__}"
+            f"{caller}: example_inputs must be a tensor, a tuple of arguments or a dict of keyword "
+            f"arguments, got {type(example).__name__}"
         )
 
 
@@ -78,8 +83,8 @@ def trial(model: nn.Module, replacements: Mapping[int, nn.Module]) -> tuple[nn.M
     return twin, {id(module): memo[id(module)] for module in model.modules() if id(module) in memo}
 
 
-def copy_model(model: T, memo: dict[int, Any]) -> T:
-    """``copy.deepcopy`` of a model or of what it holds, with an error that says what to do.
+def copy_model(model: T, memo: dict[int, Any], caller: str = "convert") -> T:
+    """``copy.deepcopy`` of a model or of what it holds.
 
     Raises:
         RuntimeError: the model cannot be copied.
@@ -87,9 +92,9 @@ def copy_model(model: T, memo: dict[int, Any]) -> T:
     try:
         return copy.deepcopy(model, memo)
     except Exception as exc:
+        cure = " (inplace=True without example_inputs needs no copy)" if caller == "convert" else ""
         raise RuntimeError(
-            f"convert: model must survive copy.deepcopy, got {type(exc).__name__}: {exc} "
-            "(inplace=True without example_inputs needs no copy)"
+            f"{caller}: model must survive copy.deepcopy, got {type(exc).__name__}: {exc}{cure}"
         ) from exc
 
 
@@ -110,13 +115,41 @@ def run(model: nn.Module, inputs: Inputs) -> Any:
 def weight_readers(model: nn.Module, layers: Collection[int], inputs: Inputs) -> dict[int, str]:
     """Of ``layers`` (ids) those whose weight is used outside their own forward, with what used it."""
     twin, twins = trial(model, {})
-    watch = _WeightWatch({id(twins[key].weight): key for key in layers})
+    watch = _WeightWatch(
+        {id(p): key for key in layers for p in twins[key].parameters(recurse=False) if p.dim() >= 2}
+    )
     for key in layers:
         twins[key].register_forward_pre_hook(watch.enter(key))
         twins[key].register_forward_hook(watch.leave, always_call=True)
     with watch:
         run(twin, inputs)
     return watch.found
+
+
+def output_layers(model: nn.Module, layers: Collection[int], inputs: Inputs) -> set[int]:
+    """Of ``layers`` (ids) those whose output is, or lies in the memory of, an output of the model; where
+    there is none, because something computes the model's outputs from it, the one that was called last."""
+    twin, twins = trial(model, {})
+    made: dict[StorageWeakRef, int] = {}
+    last: list[int] = []
+
+    def note(key: int) -> Callable[..., None]:
+        def after_forward(layer: nn.Module, args: Any, output: Any) -> None:
+            last[:] = [key]
+            # Weak, so that no activation is kept, and the memory of one that is gone is not taken for it.
+            made.update(dict.fromkeys(_storages(output), key))
+
+        return after_forward
+
+    for key in layers:
+        twins[key].register_forward_hook(note(key))
+    outputs = run(twin, inputs)
+    stored = set(_storages(outputs))
+    return {key for storage, key in made.items() if storage in stored} or set(last)
+
+
+def _storages(tree: Any) -> list[StorageWeakRef]:
+    return [StorageWeakRef(t.untyped_storage()) for t in _tensors(tree) if t.layout == torch.strided]
 
 
 class _WeightWatch(TorchFunctionMode):
@@ -164,10 +197,15 @@ def measure(
         def before_forward(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if key in timings:
                 return
-            x = args[0] if args else next(iter(kwargs.values()))
             sparse = replacements[key]
-            check_layer(names[key], sparse, x)
-            before, after = _alternate(lambda: layer.forward(x), lambda: sparse.forward(x), x.device)
+            x = next(_tensors((args, kwargs)))
+            if isinstance(layer, _LINEAR):
+                check_layer(names[key], sparse, x)
+            else:
+                check_outputs(names[key], sparse, Inputs(args, kwargs))
+            before, after = _alternate(
+                lambda: layer.forward(*args, **kwargs), lambda: sparse.forward(*args, **kwargs), x.device
+            )
             timings[key] = Timing(before, after, tuple(x.shape))
             advance()
 
@@ -206,28 +244,45 @@ def check_layer(name: str, sparse: SparseModule, x: Tensor) -> None:
     depth = math.prod(sparse.weight_shape[1:])
     rounded_inputs = eps_out if found.dtype != x.dtype else 0.0
     bound = 2 * eps_out * expected.abs() + (2 * depth**0.5 * eps_sum + rounded_inputs) * products
-    _compare(f"output of layer {name!r}", found, expected, bound)
+    _compare(f"convert: output of layer {name!r}", found, expected, bound)
 
 
-def check_model(sparse: nn.Module, masked: nn.Module, inputs: Inputs) -> None:
+def check_outputs(name: str, sparse: SparseModule, inputs: Inputs) -> None:
+    """Compare a sparse layer whose output is no sum of products with the dense layer of the same weights, as
+    ``check_model`` compares models.
+
+    Raises:
+        RuntimeError: they differ.
+    """
+    masked = sparse.to_dense()
+    results = (module.forward(*inputs.args, **inputs.kwargs) for module in (masked, sparse))
+    _compare_all("convert", f"layer {name!r}", *results)
+
+
+def check_model(sparse: nn.Module, masked: nn.Module, inputs: Inputs, caller: str = "convert") -> None:
     """Compare the floating-point outputs of the sparse model with those of the masked dense model.
 
     Raises:
         RuntimeError: they differ in number or shape, or an element by more than the dtype's tolerance times
             the largest element.
     """
-    expected, found = (list(_tensors(run(model, inputs))) for model in (masked, sparse))
+    _compare_all(caller, "the sparse model", run(masked, inputs), run(sparse, inputs))
+
+
+def _compare_all(caller: str, what: str, masked: Any, sparse: Any) -> None:
+    """Compare all tensors in the outputs of ``what`` with those of its masked dense form."""
+    expected, found = list(_tensors(masked)), list(_tensors(sparse))
     shapes = [[tuple(t.shape) for t in outputs] for outputs in (expected, found)]
     if shapes[0] != shapes[1]:
-        raise RuntimeError(
-            f"convert: outputs of the sparse model must have shapes {shapes[0]}, got {shapes[1]}"
-        )
+        raise RuntimeError(f"{caller}: outputs of {what} must have shapes {shapes[0]}, got {shapes[1]}")
     for number, (ours, theirs) in enumerate(zip(found, expected, strict=True)):
+        if theirs.layout != torch.strided:
+            ours, theirs = ours.to_dense(), theirs.to_dense()
         if not theirs.is_floating_point() or not theirs.numel():
             continue
         largest = theirs.detach().abs().nan_to_num(0.0, 0.0, 0.0).amax()
         bound = _MODEL_TOLERANCE.get(theirs.dtype, _MODEL_TOLERANCE_F32) * largest.to(torch.float32)
-        _compare(f"output {number} of the sparse model", ours, theirs, bound)
+        _compare(f"{caller}: output {number} of {what}", ours, theirs, bound)
 
 
 def _compare(what: str, found: Tensor, expected: Tensor, bound: Tensor) -> None:
@@ -238,7 +293,7 @@ def _compare(what: str, found: Tensor, expected: Tensor, bound: Tensor) -> None:
     if wrong.any():
         worst = wrong.nonzero()[0].tolist()
         raise RuntimeError(
-            f"convert: {what} must equal that of the masked dense one within rounding, "
+            f"{what} must equal that of the masked dense one within rounding, "
             f"got {int(wrong.sum())} wrong elements, the first at {worst}: "
             f"{float(found[tuple(worst)])} for {float(rounded[tuple(worst)])}"
         )

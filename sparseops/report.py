@@ -12,7 +12,7 @@ import io
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
 from typing import IO, Any
 
@@ -43,7 +43,7 @@ class Code(str, enum.Enum):
     ALREADY_SPARSE = "already_sparse", "the layer was sparse before this call and is left as it is"
     ELIGIBLE = "eligible", "convert would make this layer sparse"
 
-    EXCLUDED = "excluded", "include or exclude leaves the layer out"
+    EXCLUDED = "excluded", "include, exclude or the plan leaves the layer out"
     KIND = "kind", "there is no sparse module for this kind of layer"
     TOO_SMALL = "too_small", "the layer has too little work for a sparse kernel to win anything"
     DEPTHWISE = (
@@ -69,6 +69,7 @@ class Code(str, enum.Enum):
     )
     TORCHSCRIPT = "torchscript", "the children of a TorchScript module cannot be replaced"
     SLOWER = "slower", "the sparse layer was measured and is not faster"
+    WHOLE = "whole", "the pruning drops none of the layer's channels"
 
 
 SPARSE_CODES = frozenset({Code.CONVERTED, Code.ALREADY_SPARSE})
@@ -195,23 +196,12 @@ class Report:
         return f"<Report: {len(self.sparse_rows)} of {len(self)} layers sparse>"
 
     def __str__(self) -> str:
-        from rich.console import Console
-
-        text = io.StringIO()
-        # Wide enough that no cell wraps: the plain table is read in logs and by other programs.
-        Console(file=text, width=1000, color_system=None, force_terminal=False).print(self._table())
-        return "\n".join(line.rstrip() for line in text.getvalue().rstrip().splitlines())
+        return plain_text(self._table())
 
     def print(self, file: IO[str] | None = None) -> None:
         """Print the table to ``file`` (standard output by default): coloured and fitted in a terminal, else
         plain."""
-        from rich.console import Console
-
-        console = Console(file=file)
-        if console.is_terminal:
-            console.print(self._table())
-        else:
-            print(self, file=file)
+        show(self._table(), file)
 
     def _table(self) -> Any:
         from rich.box import SIMPLE_HEAD
@@ -232,9 +222,11 @@ class Report:
         table.add_column("code")
         table.add_column("kernel", overflow="fold")
         table.add_column("energy", justify="right")
-        table.add_column("bytes", justify="right", footer=_change(self.bytes_before, self.bytes_after, _size))
+        table.add_column(
+            "bytes", justify="right", footer=change_text(self.bytes_before, self.bytes_after, size_text)
+        )
         if measured:
-            table.add_column("ms", justify="right", footer=_change(self.ms_before, self.ms_after, _ms))
+            table.add_column("ms", justify="right", footer=change_text(self.ms_before, self.ms_after, _ms))
             table.add_column("speed-up", justify="right", footer=_times(self.speedup))
         table.add_column("reason", overflow="fold")
         for row in self.rows:
@@ -245,10 +237,10 @@ class Report:
                 row.code.value,
                 escape(row.kernel),
                 "" if row.energy_kept is None else f"{100 * row.energy_kept:.1f}%",
-                _change(row.bytes_before, row.bytes_after, _size),
+                change_text(row.bytes_before, row.bytes_after, size_text),
             ]
             if measured:
-                cells += [_change(row.ms_before, row.ms_after, _ms), _times(row.speedup)]
+                cells += [change_text(row.ms_before, row.ms_after, _ms), _times(row.speedup)]
             cells.append(escape(row.reason))
             style = "green" if row.sparse else "cyan" if row.code is Code.ELIGIBLE else "dim"
             table.add_row(*cells, style=style)
@@ -319,7 +311,9 @@ class Report:
         axes.set_xticks(list(places), [row.label for row in rows], rotation=60, ha="right")
         unit = f"ms ({self.threads} threads)" if measured else "MiB of weight"
         axes.set_ylabel(unit)
-        total = _times(self.speedup) if measured else _change(self.bytes_before, self.bytes_after, _size)
+        total = (
+            _times(self.speedup) if measured else change_text(self.bytes_before, self.bytes_after, size_text)
+        )
         axes.set_title(
             f"{self.model or 'model'}: {len(self.sparse_rows)} of {len(self)} layers sparse, {total}"
         )
@@ -327,12 +321,34 @@ class Report:
         figure.savefig(path)
 
 
+def plain_text(table: Any) -> str:
+    """A rich table as plain text, so wide that no cell wraps: it is read in logs and by other programs."""
+    from rich.console import Console
+
+    text = io.StringIO()
+    Console(file=text, width=1000, color_system=None, force_terminal=False).print(table)
+    return "\n".join(line.rstrip() for line in text.getvalue().rstrip().splitlines())
+
+
+def show(table: Any, file: IO[str] | None = None) -> None:
+    """Print a rich table to ``file`` (standard output by default): coloured and fitted in a terminal, else
+    plain."""
+    from rich.console import Console
+
+    console = Console(file=file)
+    if console.is_terminal:
+        console.print(table)
+    else:
+        print(plain_text(table), file=file)
+
+
 def _finite(values: dict[str, Any]) -> dict[str, Any]:
     """JSON has no NaN and no infinity."""
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
 
 
-def _size(count: float) -> str:
+def size_text(count: float) -> str:
+    """A number of bytes, for people."""
     for unit in ("B", "KiB", "MiB"):
         if count < 1024:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
@@ -344,10 +360,11 @@ def _ms(value: float) -> str:
     return f"{value:.3g}" if value < 100 else f"{value:.0f}"
 
 
-def _change(before: float | None, after: float | None, show: Any) -> str:
+def change_text(before: float | None, after: float | None, say: Callable[[float], str]) -> str:
+    """A quantity before and after in the words of ``say``, once where it stays; "" where it is unknown."""
     if before is None or after is None:
-        return "" if before is None else show(before)
-    return show(before) if before == after else f"{show(before)} → {show(after)}"
+        return "" if before is None else say(before)
+    return say(before) if before == after else f"{say(before)} → {say(after)}"
 
 
 def _times(speedup: float | None) -> str:

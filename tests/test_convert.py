@@ -274,8 +274,12 @@ def test_include_rebuilds_what_a_checkpoint_holds(net, x):
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"pattern": "1:4"}, ValueError, r"convert: pattern must be one of 2:4, got '1:4'"),
-        ({"pattern": (2, 4)}, ValueError, r"convert: pattern must be one of 2:4, got \(2, 4\)"),
+        (
+            {"pattern": "1:4"},
+            ValueError,
+            r"convert: pattern must be 2:4, a Channels or a Plan, got '1:4'",
+        ),
+        ({"pattern": (2, 4)}, ValueError, r"convert: pattern must be 2:4, .*, got \(2, 4\)"),
         ({"prune": "random"}, ValueError, r"""convert: prune must be "magnitude" or None, got 'random'"""),
         ({"include": "haeds.*"}, ValueError, r"convert: include must match at least one module .*'haeds.\*'"),
         (

@@ -196,10 +196,54 @@ CASES = [
         "no sparse module for ConvTranspose2d",
     ),
     ("conv3d", lambda: nn.Conv3d(32, 32, 3), Code.KIND, "no sparse module for Conv3d"),
-    ("lstm", lambda: nn.LSTM(32, 32), Code.KIND, "no sparse module for LSTM"),
+    ("rnn", lambda: nn.RNN(32, 32), Code.KIND, "no sparse module for RNN"),
+    (
+        "lstm_projection",
+        lambda: nn.LSTM(64, 64, proj_size=32),
+        Code.KIND,
+        "must have no projection, got proj_size 32",
+    ),
+    (
+        "lstm_in",
+        lambda: nn.LSTM(31, 32),
+        Code.TOO_SMALL,
+        "input_size and hidden_size must be at least 32, got 31 and 32",
+    ),
+    ("gru_hidden", lambda: nn.GRU(32, 31), Code.TOO_SMALL, "at least 32, got 32 and 31"),
+    (
+        "lstm_float64",
+        lambda: nn.LSTM(64, 64).double(),
+        Code.DTYPE,
+        "must be float32, float16 or bfloat16, got float64",
+    ),
+    (
+        "lstm_old_weight_norm",
+        lambda: weight_norm(nn.LSTM(64, 64), "weight_hh_l0"),
+        Code.PARAMETRIZED,
+        "remove_weight_norm",
+    ),
+    (
+        "lstm_extra",
+        lambda: with_(nn.LSTM(64, 64), lambda m: m.register_buffer("scale", torch.ones(1))),
+        Code.EXTRA_STATE,
+        "it holds scale besides",
+    ),
+    (
+        "lstm_grad_hook",
+        lambda: with_(nn.LSTM(64, 64), lambda m: m.weight_hh_l0.register_hook(lambda g: g)),
+        Code.HOOKS,
+        "gradient hooks on its weight",
+    ),
     ("gru_cell", lambda: nn.GRUCell(32, 32), Code.KIND, "no sparse module for GRUCell"),
     ("bilinear", lambda: nn.Bilinear(32, 32, 32), Code.KIND, "no sparse module for Bilinear"),
-    ("embedding", lambda: nn.Embedding(32, 32), Code.KIND, "no sparse module for Embedding"),
+    ("embedding", lambda: nn.Embedding(32, 32), Code.KIND, "no 2:4 module for Embedding"),
+    ("embedding_bag", lambda: nn.EmbeddingBag(32, 32), Code.KIND, "no sparse module for EmbeddingBag"),
+    (
+        "groups_not_divisible",
+        lambda: with_(nn.Conv2d(64, 64, 3, groups=2), lambda m: setattr(m, "groups", 3)),
+        Code.GROUPED,
+        "groups must divide the output channels, got 3 for 64",
+    ),
 ]
 
 
@@ -235,6 +279,8 @@ def codes(model):
         lambda: OnlyNamed(64),
         lambda: linear().half(),
         lambda: linear().bfloat16(),
+        lambda: nn.LSTM(32, 32),
+        lambda: nn.GRU(32, 32, num_layers=2, bidirectional=True),
     ],
 )
 def test_smallest_layers_that_are_converted(make):
@@ -246,6 +292,7 @@ def test_smallest_layers_that_are_converted(make):
 def test_every_dense_code_is_tested():
     tested = {case[2] for case in CASES}
     elsewhere = {Code.EXCLUDED, Code.SLOWER, Code.WEIGHT_READ, Code.TORCHSCRIPT, Code.SHARED_WEIGHT}
+    elsewhere.add(Code.WHOLE)  # of channels alone
     outcomes = {Code.CONVERTED, Code.ALREADY_SPARSE, Code.ELIGIBLE}
     assert tested | elsewhere | outcomes == set(Code)
     assert all(code.explanation for code in Code)
@@ -296,6 +343,17 @@ def test_two_layers_with_one_weight_stay_dense():
         "1": Code.SHARED_WEIGHT,
         "2": Code.CONVERTED,
     }
+
+
+def test_recurrent_layers_with_a_common_weight_stay_dense():
+    model = nn.ModuleList([nn.LSTM(64, 64), nn.LSTM(64, 64), nn.LSTM(64, 64)])
+    model[1].weight_hh_l0 = model[0].weight_hh_l0
+    model[2].bias_ih_l0 = model[0].bias_ih_l0
+    sparse = sparseops.convert(model)
+    assert codes(sparse) == {"0": Code.SHARED_WEIGHT, "1": Code.SHARED_WEIGHT, "2": Code.CONVERTED}
+    assert sparseops.explain(model)["0"].reason == "weight_hh_l0 of LSTM uses the same weight"
+    assert sparse[1].weight_hh_l0 is sparse[0].weight_hh_l0
+    assert sparse[2].bias_ih_l0 is sparse[0].bias_ih_l0
 
 
 def test_weights_in_one_storage_are_shared_only_if_they_overlap():

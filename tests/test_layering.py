@@ -15,15 +15,20 @@ PYTHON = {
     "env": (set(), set()),
     "_native": ({"env", "_C"}, set()),
     "formats": (set(), {"torch"}),
-    "ops": ({"formats", "_native", "env"}, {"torch"}),
+    "triton": ({"_native", "env"}, {"torch", "triton"}),
+    "ops": ({"formats", "triton", "_native", "env"}, {"torch"}),
+    "prune": ({"formats"}, {"torch"}),
     "nn": ({"ops", "formats"}, {"torch"}),
     "report": (set(), {"rich", "matplotlib"}),
-    "_eligible": ({"nn", "report"}, {"torch"}),
+    "_eligible": ({"nn", "prune", "report"}, {"torch"}),
+    "_replace": ({"_measure", "report"}, {"torch"}),
+    "_pack": ({"_eligible", "_measure", "_replace", "formats", "nn", "prune", "report"}, {"torch"}),
     "_measure": ({"nn"}, {"torch", "rich"}),
-    "convert": ({"nn", "ops", "formats", "report", "_eligible", "_measure"}, {"torch"}),
-    "doctor": ({"_native", "env", "ops"}, {"torch", "rich"}),
+    "convert": ({"nn", "prune", "report", "_eligible", "_measure", "_pack", "_replace"}, {"torch"}),
+    "compact": ({"nn", "ops", "formats", "report", "_measure"}, {"torch", "rich"}),
+    "doctor": ({"_native", "env", "ops", "triton"}, {"torch", "rich"}),
     "testing": ({"ops", "formats"}, {"torch"}),
-    "__init__": ({"formats", "nn", "ops", "convert", "doctor", "report"}, set()),
+    "__init__": ({"formats", "nn", "ops", "prune", "convert", "compact", "doctor", "report"}, set()),
     "__main__": ({"__init__", "doctor", "demo"}, set()),
     "demo": (
         {"__init__", "convert", "formats", "nn", "ops", "report"},
@@ -33,6 +38,7 @@ PYTHON = {
 # within a subpackage: what lies at the bottom, and so imports nothing beside it
 BOTTOM = {
     "formats": {"base"},
+    "prune": {"criteria"},
     "ops": {"registry", "common", "conv_geometry", "derived", "tiles"},
 }
 # kind of file in csrc (first pattern that fits) -> what its includes may look like; the C++ standard library

@@ -49,12 +49,6 @@ def x():
     return torch.randn(2, 3, 8, 8)
 
 
-@pytest.fixture
-def always_faster(monkeypatch):
-    """Pretend that sparse layers take half the time: no test may depend on how busy the machine is."""
-    monkeypatch.setattr(_measure, "_alternate", lambda dense, sparse, device: (2.0, 1.0))
-
-
 @pytest.mark.parametrize("inplace", [False, True])
 def test_example_inputs_fill_in_times(net, x, inplace, always_faster):
     given = x.clone()

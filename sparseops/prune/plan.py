@@ -1,0 +1,53 @@
+"""``Plan``: which layers of a model are pruned in which way."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from sparseops.prune.channels import Channels
+
+Treatment: TypeAlias = "Channels | str | None"
+"""What is done to a layer: channel pruning, "2:4", or None for nothing."""
+
+NAMED = ("2:4",)
+"""The treatments that are asked for by a word."""
+
+
+@dataclass(frozen=True, init=False, repr=False)
+class Plan:
+    """Treatments by name pattern, of which the first that matches a layer counts::
+
+        Plan({"features.*": Channels(ratio=0.5), "head.*": "2:4", "*": None})
+
+    A pattern (fnmatch) names a layer or a module that it lies in, as in ``include`` and ``exclude``. None
+    leaves a layer dense, as does a plan without a pattern for it.
+
+    rules: the pairs of pattern and treatment, in order.
+
+    Raises:
+        TypeError: ``rules`` is no mapping, a pattern is no string, or a treatment is of the wrong type.
+        ValueError: there is no pattern, or a treatment is an unknown word.
+    """
+
+    rules: tuple[tuple[str, Treatment], ...]
+
+    def __init__(self, rules: Mapping[str, Treatment]) -> None:
+        if not isinstance(rules, Mapping):
+            raise TypeError(
+                f"Plan: rules must be a mapping of name patterns to treatments, got {type(rules).__name__}"
+            )
+        if not rules:
+            raise ValueError("Plan: rules must hold at least one name pattern, got none")
+        for pattern, treatment in rules.items():
+            if not isinstance(pattern, str):
+                raise TypeError(f"Plan: rules must have name patterns as keys, got {pattern!r}")
+            if treatment is None or isinstance(treatment, Channels) or treatment in NAMED:
+                continue
+            error = ValueError if isinstance(treatment, str) else TypeError
+            raise error(f'Plan: rules[{pattern!r}] must be a Channels, "2:4" or None, got {treatment!r}')
+        object.__setattr__(self, "rules", tuple(rules.items()))
+
+    def __repr__(self) -> str:
+        return f"Plan({{{', '.join(f'{pattern!r}: {treatment!r}' for pattern, treatment in self.rules)}}})"
