@@ -4,7 +4,7 @@
 #   bash benchmarks/gpu.sh
 #
 # It builds for that GPU, runs the tests marked `cuda`, records what the wrapped instructions do, times the layers
-# beside what torch offers, runs compute-sanitizer on a small set, and prints a summary. On a GPU of compute capability
+# beside what torch offers (those with pruned channels too, by Triton), runs compute-sanitizer on a small set, and prints a summary. On a GPU of compute capability
 # 9.0 it also times the instructions of its kernels alone (ceiling), tries all of their tiles at some layers (sweep),
 # logs clock and power of the largest (power) and times layers of e4m3. It needs CUDA's toolkit and a python3 with torch,
 # setuptools, pybind11, ninja, pytest, hypothesis and rich; no network. It changes no setting of the GPU.
@@ -80,6 +80,8 @@ stage_nm24_linear() { layers nm24_linear; }
 stage_nm24_linear_i8() { layers nm24_linear_i8; }
 stage_nm24_linear_f8() { layers nm24_linear_f8; }
 stage_nm24_conv() { layers nm24_conv; }
+stage_channel_conv() { layers channel_conv; }
+stage_channel_linear() { layers channel_linear; }
 layers() {
   "$PYTHON" -m benchmarks.gpu_run "$@" --out "$OUT" --until $((DEADLINE - 3)) "${dry[@]}"
 }
@@ -167,18 +169,21 @@ if stage build 180; then
   stage tests 265 90
   stage conformance 285 30
   stage_sm90 ceiling 305 20
-  stage_sm90 sweep 375 85
-  stage_sm90 power 400 30
-  stage nm24_linear 415 75
-  stage nm24_linear_i8 435 25
-  stage_sm90 nm24_linear_f8 450 20
-  stage nm24_conv 480
-  stage memcheck 508
+  stage_sm90 sweep 355 65
+  stage_sm90 power 380 30
+  stage nm24_linear 395 75
+  stage nm24_linear_i8 412 25
+  stage_sm90 nm24_linear_f8 425 20
+  stage nm24_conv 450
+  stage channel_conv 480
+  stage channel_linear 495
+  stage memcheck 515
   stage racecheck 532
 else
   stage conformance 285 30
   stage_sm90 ceiling 305 20
-  for name in tests sweep power nm24_linear nm24_linear_i8 nm24_linear_f8 nm24_conv memcheck racecheck; do
+  for name in tests sweep power nm24_linear nm24_linear_i8 nm24_linear_f8 nm24_conv channel_conv channel_linear \
+    memcheck racecheck; do
     record "$name" "not run" 0 "there is no build"
   done
 fi

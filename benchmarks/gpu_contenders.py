@@ -18,12 +18,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.gpu_results import OURS
+from benchmarks.compare import kept_blocks
+from benchmarks.gpu_results import BASELINES, COMPACT, OURS
 from benchmarks.gpu_shapes import GpuWork
 from benchmarks.gpu_time import Call
-from benchmarks.shapes import Linear
+from benchmarks.shapes import Linear, Pruned
 from sparseops import _native
 from sparseops.formats import NM24
+from sparseops.formats.channel_pruned import ChannelPruned, Keep
 from sparseops.ops import REGISTRY, dispatch
 from sparseops.ops.tiles import ceil_div
 
@@ -71,7 +73,7 @@ class Inputs:
 
 def inputs(work: GpuWork, device: torch.device) -> Inputs:
     """Normally distributed, none of it zero but what pruning removes."""
-    layer, dtype = work.layer, work.dtype
+    layer, dtype = work.layer.layer if isinstance(work.layer, Pruned) else work.layer, work.dtype
     generator = torch.Generator(device).manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
@@ -89,6 +91,14 @@ def inputs(work: GpuWork, device: torch.device) -> Inputs:
         options = {"kernel_size": layer.kernel, "padding": layer.kernel // 2, "stride": layer.stride}
     fan_in = torch.Size(shape[1:]).numel()
     dense = (normal(*shape) * (2 / fan_in) ** 0.5).to(dtype)
+    if isinstance(work.layer, Pruned):
+        keep = Keep(
+            kept_blocks(work.layer.inputs, work.layer.kept_inputs, work.layer.block, generator),
+            kept_blocks(layer.outputs, work.layer.kept_outputs, work.layer.block, generator),
+        )
+        small = ChannelPruned.from_dense(dense, prune=keep)
+        args = (x, small.values, small.in_index, small.out_index)
+        return Inputs(args, {**options, "outputs": layer.outputs}, dense, small.to_dense)
     packed = NM24.from_dense(dense, prune="magnitude")
     return Inputs((x, packed.values, packed.meta), options, dense, packed.to_dense)
 
@@ -112,6 +122,8 @@ def _byte_inputs(layer: Linear, dtype: torch.dtype, normal: Callable[..., Tensor
 
 def peers(work: GpuWork, data: Inputs) -> list[Contender]:
     """What torch offers, the dense baseline first."""
+    if isinstance(work.layer, Pruned):
+        return _channel_peers(work.layer, data, BASELINES[work.op])
     if not isinstance(work.layer, Linear):
         return [Contender("cudnn", lambda: _cudnn(data), pruned=False, weight_bytes=DENSE_BYTES)]
     if work.dtype is torch.int8:  # sums that are not scaled, so not what the op gives
@@ -137,6 +149,28 @@ def peers(work: GpuWork, data: Inputs) -> list[Contender]:
         Contender("cusparselt", lambda: _semi_structured(data, cutlass=False)),
         Contender("cusparselt, searched", lambda: _searched(data)),
         Contender("torch cutlass", lambda: _semi_structured(data, cutlass=True)),
+    ]
+
+
+def _channel_peers(layer: Pruned, data: Inputs, dense: str) -> list[Contender]:
+    """The dense layer, and a dense layer of the kept channels alone, which has less to give."""
+    is_linear = isinstance(layer.layer, Linear)
+
+    def compact() -> Call:
+        x, values, in_index, _ = data.args
+        kept = x.index_select(1, in_index)
+        if is_linear:
+            return _linear(kept, values)
+        return _conv(kept, values.permute(0, 3, 1, 2), data.options)
+
+    return [
+        Contender(
+            dense,
+            lambda: _linear(data.x, data.dense) if is_linear else _cudnn(data),
+            pruned=False,
+            weight_bytes=DENSE_BYTES,
+        ),
+        Contender(dense + COMPACT, compact, pruned=False, weight_bytes=DENSE_BYTES * layer.kept_macs),
     ]
 
 
@@ -178,8 +212,12 @@ def _searched(data: Inputs) -> Call:
 
 
 def _cudnn(data: Inputs) -> Call:
-    x, padding, stride = data.x, data.options["padding"], data.options["stride"]
-    weight = data.dense.contiguous(memory_format=torch.channels_last)
+    return _conv(data.x, data.dense, data.options)
+
+
+def _conv(x: Tensor, weight: Tensor, options: dict[str, Any]) -> Call:
+    x, weight = (t.contiguous(memory_format=torch.channels_last) for t in (x, weight))
+    padding, stride = options["padding"], options["stride"]
     return lambda: F.conv2d(x, weight, padding=padding, stride=stride)
 
 
@@ -288,6 +326,14 @@ def forced(call: Call, plan: dispatch.Plan) -> Call:
             return call()
 
     return run
+
+
+def channels_alone(work: GpuWork, data: Inputs, on_gpu: bool) -> list[Contender]:
+    """Our kernel for pruned channels, which has one way alone to run a layer."""
+    assert isinstance(work.layer, Pruned)
+    call, weight_bytes = plain(work, data), DENSE_BYTES * work.layer.kept_macs
+    plan = "triton" if on_gpu else ""
+    return [Contender(OURS, lambda: call, plan, picked=True, weight_bytes=weight_bytes)]
 
 
 def ours(call: Call, weight_bytes: float, on_gpu: bool, wide: bool = False) -> list[Contender]:

@@ -24,7 +24,11 @@ BASELINES = {
     "nm24_linear_i8": "cublas int8",
     "nm24_linear_f8": "cublas fp8",
     "nm24_conv": "cudnn",
+    "channel_conv": "cudnn",
+    "channel_linear": "cublas",
 }
+COMPACT = ", compact"
+"""Behind the baseline's name: the same of a dense layer of the kept channels alone."""
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ from benchmarks.gpu_contenders import (
     SPARSE_BYTES,
     Contender,
     Inputs,
+    channels_alone,
     inputs,
     ours,
     peers,
@@ -39,6 +40,7 @@ from benchmarks.gpu_contenders import (
 from benchmarks.gpu_results import BASELINES, FAILED, LAYERS, OK, OURS, SKIPPED, WRONG, GpuRow, append, read
 from benchmarks.gpu_shapes import WORKS, GpuWork, sweep_works, tiny_works
 from benchmarks.gpu_time import Call, Clock, CpuClock, CudaClock, Sample, floor_ms, measure
+from benchmarks.shapes import Pruned
 
 # A child has all modules from the start. The parent must use neither the GPU nor torch's threads, which would
 # not outlive a fork.
@@ -147,6 +149,8 @@ class Bench:
         if verdict := self.journal.verdict(work, OURS):
             return verdict
         self.journal.at(work, OURS)
+        if isinstance(work.layer, Pruned):
+            return channels_alone(work, data, self.clock.device.type != "cpu")
         weight_bytes = SPARSE_8_BIT_BYTES if work.dtype.itemsize == 1 else SPARSE_BYTES
         try:
             return ours(plain(work, data), weight_bytes, self.clock.device.type != "cpu", self.wide)

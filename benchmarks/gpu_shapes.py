@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from benchmarks.shapes import DTYPE_TAGS, Conv, Linear
+from benchmarks.shapes import DTYPE_TAGS, Conv, Linear, Pruned
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ BYTE_TAGS = {torch.int8: "i8", torch.float8_e4m3fn: "f8"}
 class GpuWork:
     """A layer in a dtype, and where it is from."""
 
-    layer: Linear | StridedConv
+    layer: Linear | StridedConv | Pruned
     source: str
     dtype: torch.dtype
 
@@ -108,6 +108,8 @@ CONVS = (  # channels, side, outputs, kernel, stride
     (64, 224, 64, 3, 1, "VGG16 conv1_2"),
 )
 BATCHES = (32, 1, 64)
+CHANNEL_CONVS, CHANNEL_LAYERS, CHANNEL_TOKENS = 15, 4, (4096, 256)
+"""How many of them are measured with pruned channels, and at how many tokens."""
 
 
 def _linear(dtype: torch.dtype, squares: tuple[int, ...], tokens: tuple[int, ...]) -> list[GpuWork]:
@@ -148,6 +150,34 @@ def conv_works() -> list[GpuWork]:
     ]
 
 
+def _pruned(layer: Linear | StridedConv, source: str, dtype: torch.dtype) -> list[GpuWork]:
+    """A half of the outputs, of the inputs, and of both."""
+    whole = Pruned(layer, 0, 0).inputs, layer.outputs
+    halves = ((whole[0], whole[1] // 2), (whole[0] // 2, whole[1]), (whole[0] // 2, whole[1] // 2))
+    return [GpuWork(Pruned(layer, *kept), source, dtype) for kept in halves]
+
+
+def channel_conv_works() -> list[GpuWork]:
+    """In f16, as ``conv_works``."""
+    return [
+        work
+        for channels, side, outputs, kernel, stride, source in CONVS[:CHANNEL_CONVS]
+        for work in _pruned(
+            StridedConv(BATCHES[0], channels, side, outputs, kernel, stride), source, torch.float16
+        )
+    ]
+
+
+def channel_linear_works() -> list[GpuWork]:
+    """In bf16, as ``linear_works``."""
+    return [
+        work
+        for tokens in CHANNEL_TOKENS
+        for inputs, outputs, source in LAYERS[:CHANNEL_LAYERS]
+        for work in _pruned(Linear(tokens, inputs, outputs), source, torch.bfloat16)
+    ]
+
+
 def tiny_works(op: str) -> list[GpuWork]:
     """Stand-ins with which every step is gone through in seconds, also without a GPU."""
     dtypes = {
@@ -157,6 +187,10 @@ def tiny_works(op: str) -> list[GpuWork]:
     }
     if op in dtypes:
         return [GpuWork(Linear(t, 128, 64), "tiny", d) for d in dtypes[op] for t in (64, 3)]
+    if op == "channel_linear":
+        return _pruned(Linear(64, 128, 64), "tiny", torch.bfloat16)
+    if op == "channel_conv":
+        return _pruned(StridedConv(2, 32, 5, 64, 3, 2), "tiny", torch.float16)
     convs = (StridedConv(1, 32, 6, 64), StridedConv(2, 32, 5, 64, 3, 2), StridedConv(1, 64, 4, 32, 1))
     return [GpuWork(conv, "tiny", torch.float16) for conv in convs]
 
@@ -166,5 +200,7 @@ WORKS = {
     "nm24_linear_i8": byte_works,
     "nm24_linear_f8": f8_works,
     "nm24_conv": conv_works,
+    "channel_conv": channel_conv_works,
+    "channel_linear": channel_linear_works,
 }
 """By op, what is measured."""

@@ -1,4 +1,4 @@
-"""``python -m benchmarks.gpu_summary FOLDER``: a run in at most 60 lines.
+"""``python -m benchmarks.gpu_summary FOLDER``: a run in at most 66 lines.
 
 A cell is how many times faster than the dense baseline ours is, a slash, and how many times the best of
 torch's sparse peers is.
@@ -7,6 +7,7 @@ torch's sparse peers is.
 from __future__ import annotations
 
 import argparse
+import re
 import statistics
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -15,6 +16,7 @@ from pathlib import Path
 from benchmarks.gpu_results import (
     BASELINES,
     CEILINGS,
+    COMPACT,
     FAILED,
     LAYERS,
     OK,
@@ -32,8 +34,9 @@ from benchmarks.gpu_results import (
     read,
 )
 
-MOST_LINES, WIDTH = 60, 110
+MOST_LINES, WIDTH = 66, 110
 SHOWN_MISSES, SHOWN_FAULTS = 2, 2
+CHANNEL_RATIO, CHANNEL_TAX = 1.8, 0.03  # asked at 50 % of the products, and of gather and scatter
 MISS = 1.05  # how much faster another plan has to be to be named
 
 Works = dict[tuple[str, str, str], list[GpuRow]]
@@ -147,6 +150,38 @@ def conv_lines(works: Works) -> list[str]:
     return [head, *(f"  {left}   {right}".rstrip() for left, right in pairs)]
 
 
+def kept_share(name: str) -> float:
+    """``3x3 32x256@14->512, kept 128->256`` has 25 % of the products."""
+    layer, _, kept = name.partition(", kept ")
+    before, after = ([int(n) for n in re.findall(r"\d+", text)] for text in (layer, kept))
+    outputs = int(layer.partition("->")[2].split()[0])
+    inputs = before[3] if "@" in layer else before[1]
+    return after[0] / inputs * after[1] / outputs
+
+
+def channel_lines(works: Works, op: str) -> list[str]:
+    """A line for each share of the products: how many times faster than dense, and what gather and scatter
+    cost against a dense layer of the kept channels: the median, the worst, and what is asked."""
+    shares: dict[float, list[tuple[float, float | None]]] = {}
+    for (work_op, name, _), rows in works.items():
+        mine = picked(rows)
+        if work_op != op or mine is None or not mine.ratio or not mine.ms:
+            continue
+        compact = next((row.ms for row in rows if row.contender.endswith(COMPACT)), None)
+        tax = mine.ms / compact - 1 if compact else None
+        shares.setdefault(kept_share(name), []).append((mine.ratio, tax))
+    lines = []
+    for share, found in sorted(shares.items(), reverse=True):
+        ratios, taxes = [ratio for ratio, _ in found], [tax for _, tax in found if tax is not None]
+        asked = f", asked {CHANNEL_RATIO:.2f}" if share == 0.5 else ""
+        text = f"{op} at {share:.0%} of the products: {statistics.median(ratios):.2f}"
+        text += f" (from {min(ratios):.2f}, {len(ratios)} layers{asked})"
+        if taxes:
+            text += f", tax {statistics.median(taxes):.1%} (to {max(taxes):.1%}, asked {CHANNEL_TAX:.0%})"
+        lines.append(text)
+    return lines
+
+
 def misses(works: Works) -> list[str]:
     """Where another plan than the rule's was faster, worst first."""
     found = []
@@ -225,7 +260,10 @@ def summary(run: Path) -> list[str]:
         lines.append("tests passed/failed: " + ", ".join(f"{c.op} {c.passed}/{c.failed}" for c in counts))
     lines += ceiling_lines(read(Ceiling, run / CEILINGS)) + power_lines(read(Power, run / POWER))
     for op in BASELINES:
-        lines += linear_lines(works, op) if op.startswith("nm24_linear") else conv_lines(works)
+        if op.startswith("channel"):
+            lines += channel_lines(works, op)
+        else:
+            lines += linear_lines(works, op) if op.startswith("nm24_linear") else conv_lines(works)
     lines += misses(works) + (faults(rows) if rows else [])
     return [line[:WIDTH].rstrip() for line in lines[:MOST_LINES]]
 

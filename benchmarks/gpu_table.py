@@ -48,6 +48,8 @@ TILES = {
     "nm24_linear_i8": dispatch.BYTE_TILES,
     "nm24_linear_f8": dispatch.F8_TILES,
     "nm24_conv": dispatch.CONV_TILES,
+    "channel_conv": ("triton",),
+    "channel_linear": ("triton",),
 }
 CONFORMANCE = TREE / "tests" / "emulation" / "conformance"
 RECORDED = "conformance.txt"

@@ -8,7 +8,7 @@ from rich.console import Console
 def console() -> Console:
     """Fitted to a terminal; wide enough for every table in a pipe or a log."""
     found = Console()
-    return found if found.is_terminal else Console(width=160)
+    return found if found.is_terminal else Console(width=190)
 
 
 def spliced(page: str, name: str, table: str) -> str:

@@ -49,6 +49,27 @@ class Row:
         return "at least" if self.ratio >= self.at_least else "below"
 
 
+@dataclass(frozen=True)
+class ChannelRow(Row):
+    """One of a layer or a network with pruned channels. ``compact_*``: a dense layer of the kept channels."""
+
+    kept_macs: float
+    compact_format: str
+    compact_ms: float | None
+    compact_p20: float | None
+    compact_p80: float | None
+
+    @property
+    def ideal(self) -> float:
+        """The ratio that the remaining products alone would give."""
+        return 1 / self.kept_macs
+
+    @property
+    def tax(self) -> float | None:
+        """What gathering and scattering cost, as a share of the compact dense layer's time."""
+        return self.sparse_ms / self.compact_ms - 1 if self.compact_ms else None
+
+
 def new_row(
     op: str,
     work: str,
@@ -60,10 +81,20 @@ def new_row(
     at_least: float,
     aim: float | None,
     flops: int | None = None,
+    kept_macs: float | None = None,
 ) -> Row:
-    """A row measured now, here. ``flops`` are those of the dense layer."""
-    dense, sparse = comparison.dense, comparison.sparse
-    return Row(
+    """A row measured now, here. ``flops`` are those of the dense layer, ``kept_macs`` makes a ChannelRow."""
+    dense, sparse, compact = comparison.dense, comparison.sparse, comparison.compact
+    kind: type[Row] = Row
+    more: dict[str, Any] = {}
+    if kept_macs is not None:
+        kind, more = ChannelRow, {"kept_macs": round(kept_macs, 4)}
+        more["compact_format"] = compact.memory_format if compact else ""
+        for name in ("p50", "p20", "p80"):
+            column = f"compact_{name.replace('p50', 'ms')}"
+            more[column] = round(getattr(compact, name), 4) if compact else None
+    return kind(
+        **more,
         **provenance(),
         op=op,
         work=work,
@@ -88,14 +119,13 @@ def new_row(
 
 def append(rows: Iterable[Row], root: Path = RESULTS) -> list[Path]:
     """Adds rows to ``<root>/<machine>/<op>.csv``; returns the files."""
-    names = [field.name for field in fields(Row)]
     files: dict[Path, None] = {}
     for row in rows:
         file = root / folder_name(row.machine) / f"{row.op}.csv"
         file.parent.mkdir(parents=True, exist_ok=True)
         is_new = not file.exists()
         with file.open("a", newline="") as stream:
-            writer = csv.DictWriter(stream, names, lineterminator="\n")
+            writer = csv.DictWriter(stream, [field.name for field in fields(row)], lineterminator="\n")
             if is_new:
                 writer.writeheader()
             writer.writerow(asdict(row))
@@ -105,24 +135,24 @@ def append(rows: Iterable[Row], root: Path = RESULTS) -> list[Path]:
 
 def read(root: Path = RESULTS) -> list[Row]:
     """Every row under ``root``, oldest first; tables of other columns, those of a GPU, are passed over."""
-    names = {field.name for field in fields(Row)}
-    rows = []
+    rows: list[Row] = []
     for file in sorted(root.glob("*/*.csv")):
         with file.open(newline="") as stream:
-            lines = csv.DictReader(stream)
-            rows += [_parse(line) for line in lines if names <= line.keys()]
+            for line in csv.DictReader(stream):
+                kinds = [k for k in (ChannelRow, Row) if {f.name for f in fields(k)} <= line.keys()]
+                rows += [_parse(kind, line) for kind in kinds[:1]]
     return sorted(rows, key=lambda row: row.date)
 
 
-def _parse(line: dict[str, str]) -> Row:
+def _parse(kind: type[Row], line: dict[str, str]) -> Row:
     # Annotations are strings here; the first word of each names its type.
     casts = {"str": str, "int": int, "float": float}
     values: dict[str, Any] = {}
-    for field in fields(Row):
+    for field in fields(kind):
         text = line[field.name]
         cast = casts[str(field.type).split()[0]]
         values[field.name] = None if text == "" and cast is float else cast(text)
-    return Row(**values)
+    return kind(**values)
 
 
 def newest(rows: Iterable[Row]) -> list[Row]:

@@ -14,10 +14,26 @@ from benchmarks import isa
 from benchmarks.compare import WrongResult, compare
 from benchmarks.output import console
 from benchmarks.provenance import RESULTS, machine
-from benchmarks.results import Row, append, new_row
-from benchmarks.shapes import DTYPE_TAGS, WORKS, Work
+from benchmarks.results import ChannelRow, Row, append, new_row
+from benchmarks.shapes import CHANNEL_WORKS, DTYPE_TAGS, Pruned, Work
+from benchmarks.shapes import WORKS as NM24_WORKS
 
+WORKS = (*NM24_WORKS, *CHANNEL_WORKS)
 VERDICT_STYLE = {"aim": "green", "at least": "yellow", "below": "red"}
+
+
+NUMBERS = (
+    "dense ms",
+    "GFLOP/s",
+    "sparse ms",
+    "GFLOP/s*",
+    "compact ms",
+    "tax",
+    "ratio",
+    "ideal",
+    "at least",
+    "aim",
+)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -63,6 +79,7 @@ def measure(work: Work, rounds: int) -> Row:
         at_least=work.at_least,
         aim=work.aim,
         flops=work.layer.flops,
+        kept_macs=work.layer.kept_macs if isinstance(work.layer, Pruned) else None,
     )
 
 
@@ -71,7 +88,7 @@ def table(title: str) -> Table:
     result = Table(title=title, title_justify="left")
     for heading in ("op", "work", "dtype"):
         result.add_column(heading, no_wrap=True)
-    for heading in ("dense ms", "GFLOP/s", "sparse ms", "GFLOP/s*", "ratio", "at least", "aim"):
+    for heading in NUMBERS:
         result.add_column(heading, justify="right", no_wrap=True)
     result.add_column("reached", no_wrap=True)
     return result
@@ -79,6 +96,7 @@ def table(title: str) -> Table:
 
 def cells(row: Row) -> list[str]:
     """A row of the table."""
+    pruned = row if isinstance(row, ChannelRow) else None
     return [
         row.op,
         row.work,
@@ -87,7 +105,10 @@ def cells(row: Row) -> list[str]:
         f"{row.dense_gflops:.1f}" if row.dense_gflops else "",
         f"{row.sparse_ms:.3f}",
         f"{row.sparse_gflops:.1f}" if row.sparse_gflops else "",
+        f"{pruned.compact_ms:.3f}" if pruned and pruned.compact_ms else "",
+        "" if pruned is None or pruned.tax is None else f"{pruned.tax:.1%}",
         f"{row.ratio:.2f}",
+        f"{pruned.ideal:.2f}" if pruned else "",
         f"{row.at_least:.2f}",
         f"{row.aim:.2f}" if row.aim else "",
         row.verdict,
@@ -111,19 +132,21 @@ def main(argv: Sequence[str] | None = None) -> int:
             name = (work.op, work.name, work.tag)
             status.update(f"{number} of {len(works)}: {' '.join(name)}")
             if work.isa and not isa.reaches(work.isa):
-                result.add_row(*name, *[""] * 7, f"not run: needs {work.isa}", style="dim")
+                result.add_row(*name, *[""] * len(NUMBERS), f"not run: needs {work.isa}", style="dim")
                 continue
             try:
                 row = measure(work, options.rounds)
             except WrongResult as error:
                 wrong += 1
-                result.add_row(*name, *[""] * 7, "WRONG RESULT, not timed", style="bold red")
+                result.add_row(*name, *[""] * len(NUMBERS), "WRONG RESULT, not timed", style="bold red")
                 out.print(error, style="bold red", markup=False)
                 continue
             rows.append(row)
             result.add_row(*cells(row), style=VERDICT_STYLE[row.verdict])
     out.print(result)
     out.print("* dense-equivalent: the dense layer's operations over the sparse time")
+    if any(isinstance(row, ChannelRow) for row in rows):
+        out.print("compact: a dense layer of the kept channels alone; tax: what gather and scatter add to it")
     if options.csv:
         for file in append(rows, options.csv):
             out.print(f"appended to {file}")

@@ -52,10 +52,43 @@ class Conv:
 
 
 @dataclass(frozen=True)
+class Pruned:
+    """A layer that keeps some of its input and output channels, in blocks of ``block`` that lie anywhere."""
+
+    layer: Linear | Conv
+    kept_inputs: int
+    kept_outputs: int
+    block: int = 8
+
+    @property
+    def op(self) -> str:
+        return self.layer.op.replace("nm24", "channel")
+
+    @property
+    def inputs(self) -> int:
+        """Input channels of the dense layer."""
+        return self.layer.inputs if isinstance(self.layer, Linear) else self.layer.channels
+
+    @property
+    def name(self) -> str:
+        return f"{self.layer.name}, kept {self.kept_inputs}->{self.kept_outputs}"
+
+    @property
+    def flops(self) -> int:
+        """Of the dense layer."""
+        return self.layer.flops
+
+    @property
+    def kept_macs(self) -> float:
+        """The share of the dense layer's products that is left."""
+        return self.kept_inputs / self.inputs * self.kept_outputs / self.layer.outputs
+
+
+@dataclass(frozen=True)
 class Work:
     """A layer in a dtype, and the speed-ups asked of it. ``isa``: the instruction set it needs, or ""."""
 
-    layer: Linear | Conv
+    layer: Linear | Conv | Pruned
     source: str
     dtype: torch.dtype
     at_least: float
@@ -107,3 +140,48 @@ WORKS: tuple[Work, ...] = (
     *(Work(layer, source, torch.bfloat16, 1.2, 1.5, "avx512_bf16") for layer, source in _MANY_TOKENS),
 )
 """Every named work, in the order of the tables."""
+
+# Share of inputs and of outputs that is kept -> what is asked. Most of what the products allow, half of it
+# where so few are left that other costs show.
+_KEPT = {
+    (0.75, 0.75): (1.42, 1.6),
+    (0.5, 0.5): (3.2, 3.6),
+    (0.25, 0.25): (8.0, 12.8),
+    (1.0, 0.5): (1.8, 1.9),
+    (0.5, 1.0): (1.8, 1.9),
+}
+_PRUNED_CONVS = (
+    (64, 56, 64, 3, "ResNet-50 conv2_x"),
+    *_CONVS,
+    (512, 7, 512, 3, "ResNet-50 conv5_x"),
+    (256, 14, 1024, 1, "ResNet-50 conv4_x, expansion"),
+    (1024, 14, 256, 1, "ResNet-50 conv4_x, reduction"),
+    (128, 112, 128, 3, "VGG16 conv2 at 224 pixels"),
+)
+_PRUNED_LINEARS = (
+    (Linear(8, 4096, 4096), "VGG16 classifier, batch 8"),
+    (Linear(512, 1024, 1024), "BERT-large attention projection, 512 tokens"),
+)
+
+
+def _pruned(layer: Linear | Conv, source: str) -> tuple[Work, ...]:
+    return tuple(
+        Work(
+            Pruned(layer, int(Pruned(layer, 0, 0).inputs * inputs), int(layer.outputs * outputs)),
+            source,
+            torch.float32,
+            *asked,
+        )
+        for (inputs, outputs), asked in _KEPT.items()
+    )
+
+
+CHANNEL_WORKS: tuple[Work, ...] = (
+    *(
+        work
+        for channels, side, outputs, kernel, source in _PRUNED_CONVS
+        for work in _pruned(Conv(1, channels, side, outputs, kernel), source)
+    ),
+    *(work for layer, source in _PRUNED_LINEARS for work in _pruned(layer, source)),
+)
+"""The same of layers with pruned channels, each kept in several shares."""

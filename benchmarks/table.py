@@ -13,10 +13,15 @@ from pathlib import Path
 
 from benchmarks.output import spliced
 from benchmarks.provenance import RESULTS, TREE
-from benchmarks.results import Row, newest, read
+from benchmarks.results import ChannelRow, Row, newest, read
 
 MARKERS = "results"
-OP_ORDER = ("end_to_end", "nm24_linear", "nm24_conv")
+OP_ORDER = ("end_to_end", "nm24_linear", "nm24_conv", "channel_network", "channel_conv", "channel_linear")
+CHANNEL_HEAD = (
+    "",
+    "| pruned channels | dense ms | compact ms | sparse ms | tax | ratio | ideal | at least | reached |",
+    "|---|---:|---:|---:|---:|---:|---:|---:|---|",
+)
 SETTING = ("machine", "isa", "threads", "torch", "commit")
 
 
@@ -35,13 +40,21 @@ def markdown(rows: Sequence[Row]) -> str:
     for key, group in groupby(sorted(rows, key=place), setting):
         machine, isa, threads, torch, commit = key
         threads += " thread" if threads == "1" else " threads"
+        chosen = list(group)
         lines = [
             f"{machine}; {isa} kernels; {threads}; torch {torch}; commit `{commit or 'unknown'}`.",
+        ]
+        plain = [row for row in chosen if not isinstance(row, ChannelRow)]
+        pruned = [row for row in chosen if isinstance(row, ChannelRow)]
+        head = [
             "",
             "| work | dtype | dense ms | sparse ms | ratio | at least | aim | reached |",
             "|---|---|---:|---:|---:|---:|---:|---|",
         ]
-        lines += [f"| {' | '.join(_cells(row))} |" for row in group]
+        if plain:
+            lines += [*head, *(f"| {' | '.join(_cells(row))} |" for row in plain)]
+        if pruned:
+            lines += [*CHANNEL_HEAD, *(f"| {' | '.join(_channel_cells(row))} |" for row in pruned)]
         parts.append("\n".join(lines) + "\n")
     return "\n".join(parts)
 
@@ -52,8 +65,15 @@ def _cells(row: Row) -> tuple[str, ...]:
     return (_name(row), row.dtype, *times, f"{row.at_least:.2f}", aim, row.verdict)
 
 
+def _channel_cells(row: ChannelRow) -> tuple[str, ...]:
+    compact = "" if row.compact_ms is None else _ms(row.compact_ms)
+    tax = "" if row.tax is None else f"{row.tax:.1%}"
+    ratios = (f"**{row.ratio:.2f}**", f"{row.ideal:.2f}", f"{row.at_least:.2f}")
+    return (_name(row), _ms(row.dense_ms), compact, _ms(row.sparse_ms), tax, *ratios, row.verdict)
+
+
 def _name(row: Row) -> str:
-    kind = {"nm24_linear": "linear", "nm24_conv": "convolution"}.get(row.op, "whole model:")
+    kind = {"linear": "linear", "conv": "convolution"}.get(row.op.rpartition("_")[2], "whole model:")
     return f"{kind} {row.work.replace('->', '→')}"
 
 

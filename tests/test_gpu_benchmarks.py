@@ -31,7 +31,7 @@ from benchmarks import (  # noqa: E402
     gpu_time,
 )
 from benchmarks.gpu_results import GpuRow  # noqa: E402
-from benchmarks.shapes import Linear  # noqa: E402
+from benchmarks.shapes import Linear, Pruned  # noqa: E402
 from sparseops import _native  # noqa: E402
 from sparseops.ops import REGISTRY, dispatch  # noqa: E402
 from sparseops.testing import Expected  # noqa: E402
@@ -179,7 +179,8 @@ def test_every_part_of_a_result_is_checked(op: str, monkeypatch: pytest.MonkeyPa
     most_parts = 0
     for work in gpu_shapes.tiny_works(op):
         data = gpu_contenders.inputs(work, CPU)
-        assert (data.dense != 0).all() and (data.pruned() != 0).double().mean() == 0.5
+        share = work.layer.kept_macs if isinstance(work.layer, Pruned) else 0.5
+        assert (data.dense != 0).all() and (data.pruned() != 0).double().mean() == share
         parts = gpu_check.expected_parts(work, data)
         y = torch.cat([expected.exact for _, expected in parts]).to(parts[0][1].plain.dtype)
         assert y.numel() == gpu_check.outputs(work, data)
@@ -324,6 +325,33 @@ def test_a_call_on_a_gpu_that_runs_no_kernel_is_an_error() -> None:
     assert [c.plan for c in gpu_contenders.ours(lambda: torch.empty(0), 1.125, on_gpu=False)] == [""]
 
 
+@pytest.mark.parametrize("op", ["channel_conv", "channel_linear"])
+def test_channel_peers_are_the_dense_layer_and_what_is_left_of_it(op: str) -> None:
+    for work in gpu_shapes.tiny_works(op):
+        data = gpu_contenders.inputs(work, CPU)
+        dense, compact = gpu_contenders.peers(work, data)
+        assert (dense.name, compact.name) == (
+            gpu_results.BASELINES[op],
+            gpu_results.BASELINES[op] + ", compact",
+        )
+        assert not dense.pruned and not compact.pruned
+        kept = data.args[3]
+        y = gpu_contenders.plain(work, data)()
+        torch.testing.assert_close(compact.make()(), y.index_select(1, kept), rtol=2e-2, atol=2e-2)
+        assert dense.make()().shape == y.shape and not torch.allclose(dense.make()(), y)
+        assert compact.weight_bytes == 2 * work.layer.kept_macs
+        (ours,) = gpu_contenders.channels_alone(work, data, on_gpu=True)
+        assert ours.ours and ours.picked and ours.plan == "triton" and torch.equal(ours.make()(), y)
+
+
+def test_channel_works_halve_inputs_outputs_and_both() -> None:
+    for op in ("channel_conv", "channel_linear"):
+        works = gpu_shapes.WORKS[op]()
+        assert [work.layer.kept_macs for work in works[:3]] == [0.5, 0.5, 0.25]
+        assert works[0].op == op and works[0].layer.kept_inputs == works[0].layer.inputs
+        assert all(w.layer.kept_inputs % 8 == w.layer.kept_outputs % 8 == 0 for w in works)
+
+
 def test_8_bit_peers_take_the_same_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "_cslt_compress", lambda weight: weight, raising=False)
     monkeypatch.setattr(torch, "_cslt_sparse_mm", lambda weight, x, **_: (weight, x), raising=False)
@@ -360,7 +388,7 @@ def run(bench: gpu_run.Bench, work: gpu_shapes.GpuWork = TINY) -> dict[str, GpuR
         return {row.contender: row for row in bench.run(work)}
 
 
-@pytest.mark.parametrize("op", ["nm24_linear", "nm24_conv"])
+@pytest.mark.parametrize("op", ["nm24_linear", "nm24_conv", "channel_linear", "channel_conv"])
 def test_rows_hold_times_ratios_and_failures(bench: gpu_run.Bench, op: str) -> None:
     rows = run(bench, gpu_shapes.tiny_works(op)[0])
     ours, dense = rows["sparseops"], rows[gpu_results.BASELINES[op]]

@@ -297,7 +297,7 @@ def whole_run(tmp_path: Path) -> Path:
         "cuda": "13",
     }
     (tmp_path / "environment.json").write_text(json.dumps(facts))
-    stages = [Stage(f"stage {i}", "failed", 100, "what it said " * 20) for i in range(14)]
+    stages = [Stage(f"stage {i}", "failed", 100, "what it said " * 20) for i in range(16)]
     gpu_results.append(tmp_path / "stages.csv", stages)
     gpu_results.append(tmp_path / "tests.csv", [OpTests(op, 10, 1, 0) for op in REGISTRY])
     alone = [Ceiling(form, 128, 256, 2, 0, 144.0, 144.0, 0, 0.89, 0.89, 0.89) for form in ("SS", "RS")]
@@ -312,7 +312,7 @@ def whole_run(tmp_path: Path) -> Path:
 
 def test_summary_of_a_whole_run_fits(whole_run: Path) -> None:
     lines = gpu_summary.summary(whole_run)
-    assert len(lines) <= 60 and max(map(len, lines)) <= 110
+    assert len(lines) <= 66 and max(map(len, lines)) <= 110
     text = "\n".join(lines)
     assert "NVIDIA H999" in lines[0] and "commit abc" in lines[0]
     assert "nm24_linear bf16 squares: 1024 1.50/1.25  2048" in text
@@ -326,6 +326,41 @@ def test_summary_of_a_whole_run_fits(whole_run: Path) -> None:
     assert "2.00x nm24_linear 4096x4096->4096 bf16: large/1, not small/4" in text
     assert "wgmma.sp RS, of the peak: 128x256 0.89" in lines and "power: cublas 785 at 1890 MHz" in lines
     assert "wrong: 7 of 9 elements are off" in text and lines[-1].startswith("torch cutlass: ")
+
+
+@pytest.mark.parametrize(
+    ("name", "share"),
+    [
+        ("3x3 32x256@14->512, kept 128->256", 0.25),
+        ("3x3 32x256@14->512 /2, kept 256->256", 0.5),
+        ("64x4096->14336, kept 2048->14336", 0.5),
+    ],
+)
+def test_kept_share(name: str, share: float) -> None:
+    assert gpu_summary.kept_share(name) == share
+
+
+@pytest.mark.parametrize("op", ["channel_conv", "channel_linear"])
+def test_every_channel_work_names_its_share(op: str) -> None:
+    for work in (*gpu_shapes.WORKS[op](), *gpu_shapes.tiny_works(op)):
+        assert gpu_summary.kept_share(work.name) == work.layer.kept_macs
+
+
+def test_summary_of_channels_has_ratio_tax_and_what_is_asked(tmp_path: Path) -> None:
+    half, other, both = gpu_shapes.tiny_works("channel_conv")
+    rows = []
+    for work, ms, compact in ((half, 0.5, 0.5), (other, 0.55, 0.5), (both, 0.25, 0.2)):
+        common = {"op": work.op, "work": work.name, "dtype": work.tag}
+        rows += [
+            a_row(**common, contender="cudnn", plan="", picked=0, ms=1.0, ratio=1.0),
+            a_row(**common, contender="cudnn, compact", plan="", picked=0, ms=compact, ratio=1 / compact),
+            a_row(**common, plan="triton", ms=ms, ratio=1 / ms),
+        ]
+    gpu_results.append(tmp_path / "layers.csv", rows)
+    text = "\n".join(gpu_summary.summary(tmp_path))
+    assert "channel_conv at 50% of the products: 1.91 (from 1.82, 2 layers, asked 1.80)" in text
+    assert "tax 5.0% (to 10.0%, asked 3%)" in text
+    assert "channel_conv at 25% of the products: 4.00 (from 4.00, 1 layers), tax 25.0%" in text
 
 
 def test_summary_of_a_run_cut_off(tmp_path: Path) -> None:

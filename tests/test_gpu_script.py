@@ -103,6 +103,8 @@ STAGES = [
     "nm24_linear_i8",
     "nm24_linear_f8",
     "nm24_conv",
+    "channel_conv",
+    "channel_linear",
     "memcheck",
     "racecheck",
     "summary",
