@@ -213,8 +213,9 @@ class SparseModule(nn.Module):
             if moved.dtype != tensor.dtype:
                 setattr(self, name, tensor.to(moved.device))
         # .to(memory_format=...) means images, and takes compact weights of four dimensions for such.
-        if not self.values.is_contiguous():
-            self.values.data = self.values.data.contiguous()
+        values = self._parameters.get("values")  # recurrent layers have several, of two dimensions
+        if values is not None and not values.is_contiguous():
+            values.data = values.data.contiguous()
         self._prepare()
         return self
 
