@@ -4,8 +4,11 @@ import torch
 from torch import nn
 
 import sparseops
+from sparseops.compact import compact, explain_compact
 from sparseops.formats import Keep
 from sparseops.nn import SparseConv1d, SparseConv2d, SparseEmbedding, SparseLinear
+
+HALF = range(8, 16)
 
 SPARSE = {
     nn.Linear: SparseLinear,
@@ -61,3 +64,48 @@ def randomise(model, seed=0):
         if name.endswith("running_var"):
             tensor.copy_(torch.rand(tensor.shape, generator=generator) + 0.5)
     return model.double().eval()
+
+
+class Fn(nn.Module):
+    """A function of a tensor as a module."""
+
+    def __init__(self, fn):
+        super().__init__()
+        self.fn = fn
+
+    def forward(self, x):
+        return self.fn(x)
+
+
+class Net(nn.Module):
+    """Layers by name and a forward over them."""
+
+    def __init__(self, forward, **layers):
+        super().__init__()
+        for name, layer in layers.items():
+            self.add_module(name, layer)
+        self.fn = forward
+
+    def forward(self, *args):
+        return self.fn(self, *args)
+
+
+def image(*shape):
+    return torch.randn(shape or (2, 3, 9, 7), generator=torch.Generator().manual_seed(1)).double()
+
+
+def check(model, *args):
+    """The compacted model, equal to the masked one, and its report."""
+    small = compact(randomise(model), args)
+    report = explain_compact(small)
+    assert report.reason == ""
+    assert_same(small, model, *args)
+    return small, report
+
+
+def conv(inputs=3, outputs=16, kernel=3, kept=HALF, **options):
+    return drop(nn.Conv2d(inputs, outputs, kernel, **options), kept)
+
+
+def outputs_of(report, name):
+    return report[name].outputs

@@ -32,15 +32,24 @@ def load(script: str) -> ModuleType:
 
 
 def test_readme_example(capsys: pytest.CaptureFixture[str]) -> None:
-    (example,) = code_blocks("README.md", "python")
-    assert len(example.strip().splitlines()) <= 11
+    examples = code_blocks("README.md", "python")
+    assert len(examples) == 2
     names: dict[str, object] = {}
-    exec(compile(example, "README.md", "exec"), names)
+    for example in examples:
+        assert len(example.strip().splitlines()) <= 11
+        exec(compile(example, "README.md", "exec"), names)
     sparse, dense, x, y = (names[name] for name in ("sparse", "dense", "x", "y"))
     assert isinstance(sparse, nn.Module) and isinstance(dense, nn.Module)
     assert not any(isinstance(module, SparseLinear) for module in dense.modules())
     with torch.inference_mode():
         torch.testing.assert_close(y, dense(x), rtol=1e-4, atol=1e-4)
+    pruned, smaller, mixed = (names[name] for name in ("pruned", "smaller", "mixed"))
+    assert isinstance(pruned, nn.Module) and isinstance(smaller, nn.Module)
+    with torch.inference_mode():
+        torch.testing.assert_close(smaller(x), pruned(x), rtol=1e-4, atol=1e-4)
+    assert not any(isinstance(module, SparseLinear) for module in smaller.modules())
+    assert isinstance(mixed, nn.Sequential)
+    assert [layer.format for layer in mixed if isinstance(layer, SparseLinear)] == ["channel", "nm24"]
     output = capsys.readouterr().out
     assert "1024x4096" in output or "4096x1024" in output
 
