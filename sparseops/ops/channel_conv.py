@@ -39,6 +39,7 @@ from sparseops.ops.common import (
     check_weight,
     finish,
     layer_vmap,
+    saved_epilogue,
 )
 from sparseops.ops.conv_geometry import (
     Geometry,
@@ -232,15 +233,12 @@ def _fake(x: Tensor, values: Tensor, in_index: Tensor, out_index: Tensor, *rest:
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, values, in_index, out_index, bias, residual, ctx.outputs, *sizes, ctx.activation = inputs
     ctx.geometry = Geometry(*sizes)
-    again = ctx.activation in ("silu", "gelu")
     ctx.save_for_backward(
         x,
         values,
         in_index,
         out_index,
-        bias if again else None,
-        residual if again else None,
-        output if ctx.activation == "relu" else None,
+        *saved_epilogue(ctx.activation, bias, residual, output),
     )
     onednn.forget(values)
 

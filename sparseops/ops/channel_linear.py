@@ -44,6 +44,7 @@ from sparseops.ops.common import (
     layer_vmap,
     make_bias,
     make_pruned,
+    saved_epilogue,
 )
 from sparseops.ops.nm24_linear import nm24_linear
 
@@ -144,15 +145,12 @@ def _fake(x: Tensor, values: Tensor, in_index: Tensor, out_index: Tensor, *rest:
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, values, in_index, out_index, bias, residual, ctx.outputs, ctx.activation = inputs
-    again = ctx.activation in ("silu", "gelu")
     ctx.save_for_backward(
         x,
         values,
         in_index,
         out_index,
-        bias if again else None,
-        residual if again else None,
-        output if ctx.activation == "relu" else None,
+        *saved_epilogue(ctx.activation, bias, residual, output),
     )
     onednn.forget(values)
 

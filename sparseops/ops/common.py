@@ -39,6 +39,16 @@ def finish(z: Tensor, residual: Tensor | None, activation: str) -> Tensor:
     return activate(z if residual is None else z + residual, activation)
 
 
+def saved_epilogue(
+    activation: str, bias: Tensor | None, residual: Tensor | None, output: Tensor
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """What the gradient of ``activation`` is going to need: bias and residual to compute its input again, or
+    its output."""
+    if activation in ("silu", "gelu"):
+        return bias, residual, None
+    return None, None, output if activation == "relu" else None
+
+
 def activation_grad(grad: Tensor, at: Tensor, activation: str) -> Tensor:
     """Gradient with respect to the input of ``activation``; ``at`` is its output for relu, else its input."""
     aten = torch.ops.aten

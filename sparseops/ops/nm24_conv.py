@@ -33,6 +33,7 @@ from sparseops.ops.common import (
     make_bias,
     make_weight,
     rows_at_once,
+    saved_epilogue,
     to_channels_last,
 )
 from sparseops.ops.conv_geometry import (
@@ -211,14 +212,11 @@ def _fake(
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, values, meta, bias, residual, *rest = inputs
     ctx.geometry, ctx.activation = Geometry(*rest[:-1]), rest[-1]
-    again = ctx.activation in ("silu", "gelu")
     ctx.save_for_backward(
         x,
         values,
         meta,
-        bias if again else None,
-        residual if again else None,
-        output if ctx.activation == "relu" else None,
+        *saved_epilogue(ctx.activation, bias, residual, output),
     )
     cuda.forget_values(values)
 

@@ -31,6 +31,7 @@ from sparseops.ops.common import (
     layer_vmap,
     make_bias,
     make_weight,
+    saved_epilogue,
 )
 from sparseops.ops.nm24_to_dense import expanded
 
@@ -201,14 +202,11 @@ def _fake(
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, values, meta, bias, residual, activation = inputs
     ctx.activation = activation
-    again = activation in ("silu", "gelu")
     ctx.save_for_backward(
         x,
         values,
         meta,
-        bias if again else None,
-        residual if again else None,
-        output if activation == "relu" else None,
+        *saved_epilogue(activation, bias, residual, output),
     )
     cuda.forget_values(values)
 
