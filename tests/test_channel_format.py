@@ -86,6 +86,14 @@ def test_inputs_that_only_dropped_outputs_read_are_dropped():
     packed.validate()
 
 
+def test_inputs_and_outputs_of_different_groups_are_refused():
+    keep = Keep(inputs=index(0, 1), outputs=index(2, 3))
+    with pytest.raises(
+        ValueError, match="inputs of prune must hold a channel of a group that keeps an output"
+    ):
+        ChannelPruned.from_dense(torch.randn(4, 2, 1), prune=keep, groups=2)
+
+
 def test_a_weight_of_zeros_keeps_one_block():
     packed = ChannelPruned.from_dense(torch.zeros(20, 12))
     packed.validate()

@@ -157,7 +157,7 @@ class ChannelPruned:
             TypeError: ``w`` is not a float16, bfloat16, float32 or float64 tensor.
             ValueError: ``w`` has another number of dimensions, its outputs do not divide into groups, it has
                 no zero channel although ``prune`` is None, ``prune`` is unknown, or the lists of a ``Keep``
-                are empty, out of range or not ascending.
+                are empty, out of range or not ascending, or have no group in common.
         """
         if not isinstance(w, Tensor) or w.dtype not in DTYPES or w.layout != torch.strided:
             got = f"{w.dtype}, {w.layout}" if isinstance(w, Tensor) else type(w).__name__
@@ -346,6 +346,11 @@ def _lists(keep: Keep, w: Tensor, groups: int) -> tuple[Tensor, Tensor]:
         has_outputs = torch.zeros(groups, dtype=torch.bool, device=w.device)
         has_outputs[out_index.long() // (rows // groups)] = True
         in_index = in_index[has_outputs[in_index.long() // channels]]
+        if not in_index.shape[0]:
+            raise ValueError(
+                "ChannelPruned.from_dense: inputs of prune must hold a channel of a group that keeps an "
+                "output, got none"
+            )
     return in_index, out_index
 
 
