@@ -1,5 +1,6 @@
 """The report of a compaction, and the costs it counts."""
 
+import io
 import json
 
 import pytest
@@ -119,3 +120,15 @@ def test_explain_still_works():
 def test_gather_and_scatter(sizes, expected):
     shape = cost.Shape(**{"places_in": 64, "places_out": 64, "itemsize": 4, "fused": False, **sizes})
     assert cost.gather_and_scatter(shape) == expected
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_progress_bar_in_a_terminal(monkeypatch):
+    for stream, shown in ((Terminal(), True), (io.StringIO(), False)):
+        monkeypatch.setattr("sys.stderr", stream)
+        compact(nn.Sequential(drop(nn.Linear(16, 16), range(8)), nn.Linear(16, 4)), torch.randn(2, 16))
+        assert ("compacting" in stream.getvalue()) == shown

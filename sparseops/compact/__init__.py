@@ -8,7 +8,7 @@ and ``rows`` and ``report`` tell of it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -62,8 +62,8 @@ def compact(model: nn.Module, example_inputs: Tensor | tuple[Any, ...] | dict[st
             f"compact: model must be a torch.nn.Module that is no TorchScript, got {type(model).__name__}"
         )
     inputs = _measure.Inputs.of(example_inputs, caller="compact")
-    with torch.inference_mode(False), torch.no_grad():
-        result, report = _compact(model, inputs)
+    with torch.inference_mode(False), torch.no_grad(), _measure.progress("compacting", 4) as advance:
+        result, report = _compact(model, inputs, advance)
     vars(result)[_REPORT] = report
     return result
 
@@ -85,7 +85,9 @@ def explain_compact(model: nn.Module) -> CompactReport:
     return report
 
 
-def _compact(model: nn.Module, inputs: _measure.Inputs) -> tuple[nn.Module, CompactReport]:
+def _compact(
+    model: nn.Module, inputs: _measure.Inputs, advance: Callable[[], None]
+) -> tuple[nn.Module, CompactReport]:
     masked = _twin(model, dense=True)
     try:
         _measure.run(masked, inputs)
@@ -97,16 +99,20 @@ def _compact(model: nn.Module, inputs: _measure.Inputs) -> tuple[nn.Module, Comp
         drawn = trace(masked, inputs.args, inputs.kwargs)
     except Untraceable as exc:
         return _unchanged(model, f"its graph cannot be drawn ({exc})")
+    advance()
     reasons = []
     for rules in (RULES, {op: rule for op, rule in RULES.items() if op not in RESHAPES}):
         flow, cuts = _cut(model, masked, drawn, rules)
         result = _with_new_layers(model, cuts)
+        advance()
         try:
             _measure.check_model(_twin(result, dense=False), masked, inputs, caller="compact")
+            advance()
             after = trace(_twin(result, dense=True), inputs.args, inputs.kwargs)
         except Exception as exc:  # whatever the model's code raises when sizes are not those it expects
             reasons.append(f"{type(exc).__name__}: {str(exc).strip().splitlines()[0]}")
             continue
+        advance()
         macs = cost.macs_of(drawn, _by_name(model)), cost.macs_of(after, _by_name(result))
         report = CompactReport(
             layer_rows(model, flow, cuts, macs),
