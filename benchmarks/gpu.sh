@@ -3,11 +3,12 @@
 #
 #   bash benchmarks/gpu.sh
 #
-# It builds for that GPU, runs the tests marked `cuda`, records what the wrapped instructions do, times the layers
-# beside what torch offers (those with pruned channels too, by Triton), runs compute-sanitizer on a small set, and prints a summary. On a GPU of compute capability
-# 9.0 it also times the instructions of its kernels alone (ceiling), tries all of their tiles at some layers (sweep),
-# logs clock and power of the largest (power) and times layers of e4m3. It needs CUDA's toolkit and a python3 with torch,
-# setuptools, pybind11, ninja, pytest, hypothesis and rich; no network. It changes no setting of the GPU.
+# It builds for that GPU, runs the tests marked `cuda` and as many as it can of those of the kernels in Triton, records
+# what the wrapped instructions do, times the layers beside what torch offers (those with pruned channels too), runs
+# compute-sanitizer on a small set, and prints a summary. On a GPU of compute capability 9.0 it also times the
+# instructions of its kernels alone (ceiling), tries all of their tiles at some layers (sweep), logs clock and power of
+# the largest (power) and times layers of e4m3. It needs CUDA's toolkit and a python3 with torch, setuptools, pybind11,
+# ninja, pytest, hypothesis and rich; no network. It changes no setting of the GPU.
 #
 # What has most worth comes first, and each stage is saved as it goes: a run that is cut off still counts. A stage that
 # does not fit is cut, and the table of stages says so. To keep a run: python -m benchmarks.gpu_table --keep FOLDER.
@@ -48,6 +49,13 @@ stage_tests() {
   local chosen=(-m cuda --continue-on-collection-errors tests)
   [[ -z $DRY_RUN ]] || chosen=(-k names_its_architecture tests/test_gpu_reports.py)
   "$PYTHON" -m pytest -v --tb=short -p no:cacheprovider "${chosen[@]}"
+}
+
+# Each compiles several kernels, so one dtype is enough, and those of whole layers come first.
+stage_triton_tests() {
+  local chosen=(-k "not f32 and not bf16" tests/test_triton_channels.py tests/test_triton_ops.py)
+  [[ -z $DRY_RUN ]] || chosen=(-k names_its_architecture tests/test_gpu_reports.py)
+  SPARSEOPS_IMPL=triton "$PYTHON" -m pytest -v --tb=short -p no:cacheprovider "${chosen[@]}"
 }
 
 stage_conformance() {
@@ -116,7 +124,8 @@ OUT=$(cd "$OUT" && pwd)
 log=$OUT/log.txt
 rm -f "$OUT"/{environment.json,{stages,tests,layers,ceilings,power,power_log}.csv,conformance.txt,log.txt,summary.txt}
 part=$(mktemp)
-trap 'rm -f "$part"' EXIT
+tests=$(mktemp)
+trap 'rm -f "$part" "$tests"' EXIT
 echo "stage,status,seconds,note" >"$OUT/stages.csv"
 failures=0
 elsewhere="not for this GPU"
@@ -144,7 +153,10 @@ stage() {
   tail -c +$((before + 1)) "$log" >"$part"
   local said word=ok
   said=$(grep -v '^[[:space:]]*$' "$part" | tail -n 1)
-  if [[ $name == tests ]]; then said=$("$PYTHON" -m benchmarks.gpu_tests "$part" "$OUT" 2>&1 | tail -n 1); fi
+  if [[ $name == *tests ]]; then
+    cat "$part" >>"$tests"
+    said=$("$PYTHON" -m benchmarks.gpu_tests "$tests" "$OUT" 2>&1 | tail -n 1)
+  fi
   case $status in
     0) ;;
     124 | 137) word="cut" ;;
@@ -174,16 +186,17 @@ if stage build 180; then
   stage nm24_linear 395 75
   stage nm24_linear_i8 412 25
   stage_sm90 nm24_linear_f8 425 20
-  stage nm24_conv 450
-  stage channel_conv 480
-  stage channel_linear 495
+  stage nm24_conv 440
+  stage channel_conv 460
+  stage channel_linear 475
+  stage triton_tests 497
   stage memcheck 515
   stage racecheck 532
 else
   stage conformance 285 30
   stage_sm90 ceiling 305 20
   for name in tests sweep power nm24_linear nm24_linear_i8 nm24_linear_f8 nm24_conv channel_conv channel_linear \
-    memcheck racecheck; do
+    triton_tests memcheck racecheck; do
     record "$name" "not run" 0 "there is no build"
   done
 fi

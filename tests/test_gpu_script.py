@@ -33,7 +33,7 @@ SCRIPT = TREE / "benchmarks" / "gpu.sh"
 
 # Python in the place of Python: notes what it is asked, and passes on what needs no GPU.
 FAKE_PYTHON = """
-echo "$* | $TORCH_CUDA_ARCH_LIST" >>"$CALLS"
+echo "$* | $TORCH_CUDA_ARCH_LIST$SPARSEOPS_IMPL" >>"$CALLS"
 capability=9.0
 [[ $SCENE != ampere ]] || capability=8.0
 case "$*" in
@@ -42,6 +42,7 @@ case "$*" in
     printf '{\n "machine": "made up",\n "capability": "%s"\n}\n' $capability >"$OUT/environment.json"
     echo "a GPU" ;;
   setup.py*) [[ $SCENE != no_build ]] || { echo "nvcc died"; exit 1; } ;;
+  "-m pytest "*triton*) echo "tests/test_triton_channels.py::test_channel_conv_cases[x] PASSED [ 50%]" ;;
   "-m pytest "*)
     echo "tests/test_ops.py::test_cuda[nm24_conv-x] PASSED [ 50%]"
     [[ $SCENE != slow ]] || sleep 60
@@ -105,6 +106,7 @@ STAGES = [
     "nm24_conv",
     "channel_conv",
     "channel_linear",
+    "triton_tests",
     "memcheck",
     "racecheck",
     "summary",
@@ -124,10 +126,13 @@ def test_script_runs_its_stages_in_order(tmp_path: Path) -> None:
     assert list(stages) == STAGES and {stage.status for stage in stages.values()} == {"ok"}
     assert not (tmp_path / "out" / "layers.csv").exists()
     assert any(call.startswith("setup.py") and call.endswith("build_ext --inplace | 9.0a") for call in calls)
-    (tests,) = [call for call in calls if call.startswith("-m pytest ")]
+    tests, by_triton = [call for call in calls if call.startswith("-m pytest ")]
     assert " -m cuda " in tests and " -v " in tests and "tests |" in tests
+    assert "test_triton_channels.py" in by_triton and by_triton.endswith("| triton")
     assert stages["tests"].note == "1 passed, 0 failed, 0 skipped"
-    assert gpu_results.read(OpTests, tmp_path / "out" / "tests.csv") == [OpTests("nm24_conv", 1, 0, 0)]
+    assert stages["triton_tests"].note == "2 passed, 0 failed, 0 skipped"  # of both
+    both = [OpTests("channel_conv", 1, 0, 0), OpTests("nm24_conv", 1, 0, 0)]
+    assert gpu_results.read(OpTests, tmp_path / "out" / "tests.csv") == both
     (compiled,) = [call for call in calls if call.startswith("nvcc ")]
     assert "-gencode arch=compute_90a,code=sm_90a" in compiled and "conformance.cu" in compiled
     asked = [f"gpu_run {op} --out" for op in gpu_shapes.WORKS]
