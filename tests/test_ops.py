@@ -44,7 +44,7 @@ OPS = list(REGISTRY.values())
 
 HELPERS = {"__init__", "registry", "common", "conv_geometry", "cuda", "derived", "dispatch"}
 HELPERS |= {"cuda_conv", "dispatch_sm90", "scaled_linear", "tiles"}
-HELPERS |= {"channel_conv_cases", "channels", "channel_plain", "onednn"}
+HELPERS |= {"channel_conv_cases", "channel_grads", "channels", "channel_plain", "onednn"}
 
 
 def some_cases(*names):

@@ -16,14 +16,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparseops import triton
 from sparseops.formats.nm24 import expand, packed_cols, unpack_columns
-from sparseops.ops import channel_plain, onednn, registry
+from sparseops.ops import channel_grads, channel_plain, onednn, registry
 from sparseops.ops.channel_conv_cases import cases
 from sparseops.ops.channels import (
     Channels,
     channels_of,
     check_lists,
     gather_images,
+    is_composed,
     kernel_name,
     no_kernel_reason,
     read_lists,
@@ -138,10 +140,13 @@ def _impl(x: Tensor, values: Tensor, in_index: Tensor, out_index: Tensor, *rest:
     size = _check(*args)
     _check_devices(x, values, in_index, out_index, bias, residual)
     reason = supports(x, values)
-    if reason is None:
+    if reason is None and not triton.serves(x):
         return _kernel(*args, size)
-    channels_of(NAME, in_index, out_index, x.shape[1], outputs, values.shape[-1], geometry.groups)  # checks
-    registry.fall_back(NAME, reason)
+    lists = channels_of(NAME, in_index, out_index, x.shape[1], outputs, values.shape[-1], geometry.groups)
+    if reason is not None:
+        registry.fall_back(NAME, reason)
+    elif x.shape[0] and outputs and not is_composed(lists, x.shape[0] * prod(size)):
+        return _in_triton(lists, x, values, bias, residual, geometry, activation, size)
     y = channel_plain.conv(x, _with_taps(values, geometry), *args[2:])
     return empty_output(x, (*y.shape,), is_channels_last(x)).copy_(y)
 
@@ -222,6 +227,33 @@ def _compact(
     return onednn.conv(kept, values, weight, bias, stride, border, dilation, lists.groups, outputs, key)
 
 
+def _in_triton(
+    lists: Channels,
+    x: Tensor,
+    values: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    geometry: Geometry,
+    activation: str,
+    size: tuple[int, int],
+) -> Tensor:
+    """Run the kernel in Triton on checked tensors."""
+    from sparseops.triton.channel_conv import conv
+
+    y = conv(
+        x if x.stride(1) == 1 else channel_grads.channels_last(x),
+        values.contiguous(),
+        None if bias is None else bias.contiguous(),
+        None if residual is None else channel_grads.channels_last(residual),
+        lists.inputs.for_kernels(),
+        lists.outputs.for_kernels(),
+        channel_grads.taps_of(geometry),
+        size,
+        activation,
+    )
+    return y if is_channels_last(x) else empty_output(x, (*y.shape,), False).copy_(y)
+
+
 def _fake(x: Tensor, values: Tensor, in_index: Tensor, out_index: Tensor, *rest: Any) -> Tensor:
     bias, residual, outputs, *sizes, activation = rest
     geometry = Geometry(*sizes)
@@ -253,7 +285,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     grad_x = grad_values = None
     if needs[0] or needs[1]:
         taps = _with_taps(values, ctx.geometry)
-        grad_x, grad_values = channel_plain.conv_grads(
+        grad_x, grad_values = channel_grads.conv_grads(
             grad, x, taps, in_index, out_index, ctx.geometry, needs[0], needs[1]
         )
         grad_values = None if grad_values is None else grad_values.reshape(values.shape)
@@ -444,7 +476,8 @@ registry.register(
         fn=channel_conv,
         reference=channel_conv_reference,
         supports=supports,
-        impls=registry.cpu_impls("any floating dtype, any shape; torch's own convolution between two copies"),
+        impls=registry.cpu_impls("any floating dtype, any shape; torch's own convolution between two copies")
+        | {("cuda", "triton"): "f32, f16 and bf16, any shape"},
         cases=cases(channel_conv_reference),
         prepare=prepare,
         kernel=kernel_name,

@@ -16,13 +16,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sparseops import triton
 from sparseops.formats.channel_pruned import expand_channels
 from sparseops.formats.nm24 import expand, packed_cols
-from sparseops.ops import channel_plain, onednn, registry
+from sparseops.ops import channel_grads, channel_plain, cuda, onednn, registry
 from sparseops.ops.channels import (
+    Channels,
     channels_of,
     check_lists,
     gather_rows,
+    is_composed,
     kernel_name,
     no_kernel_reason,
     read_lists,
@@ -102,10 +105,13 @@ def _impl(x: Tensor, values: Tensor, in_index: Tensor, out_index: Tensor, *rest:
     tensors = {"values": values, "in_index": in_index, "out_index": out_index}
     check_devices(NAME, "x", x=x, **tensors, bias=bias, residual=residual)
     reason = supports(x, values)
-    if reason is None:
+    if reason is None and not triton.serves(x):
         return _kernel(x, values, in_index, out_index, *rest)
-    channels_of(NAME, in_index, out_index, x.shape[-1], outputs, values.shape[1])  # refuses wrong lists
-    registry.fall_back(NAME, reason)
+    lists = channels_of(NAME, in_index, out_index, x.shape[-1], outputs, values.shape[1])
+    if reason is not None:
+        registry.fall_back(NAME, reason)
+    elif x.numel() and outputs and not is_composed(lists, x.numel() // x.shape[-1]):
+        return _in_triton(lists, x, values, bias, residual, activation)
     return channel_plain.linear(x, values, in_index, out_index, *rest).contiguous()
 
 
@@ -133,6 +139,29 @@ def _kernel(
     z = activate(onednn.linear(rows, values.contiguous(), offset, values), inner)
     y = scatter_rows(lists, z, None if bias is None else activate(bias, inner)).view(*lead, outputs)
     return y if residual is None else activate(y.add_(residual), activation)
+
+
+def _in_triton(
+    lists: Channels,
+    x: Tensor,
+    values: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    activation: str,
+) -> Tensor:
+    """Run the kernel in Triton on checked tensors."""
+    from sparseops.triton.channel_linear import linear
+
+    y = linear(
+        cuda.unit_rows(_as_rows(x)),
+        values if 1 in values.stride() else values.contiguous(),
+        None if bias is None else bias.contiguous(),
+        None if residual is None else cuda.unit_rows(_as_rows(residual)),
+        lists.inputs.for_kernels(),
+        lists.outputs.for_kernels(),
+        activation,
+    )
+    return y.view(*x.shape[:-1], lists.outputs.total)
 
 
 def _fake(x: Tensor, values: Tensor, in_index: Tensor, out_index: Tensor, *rest: Any) -> Tensor:
@@ -166,7 +195,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     if needs[0]:  # the same op with the lists changed over
         grad_x = _op(grad, values.t(), out_index, in_index, None, None, x.shape[-1], "none")
     if needs[1]:
-        grad_values = channel_plain.linear_grad_values(_as_rows(grad), _as_rows(x), in_index, out_index)
+        grad_values = channel_grads.linear_grad_values(_as_rows(grad), _as_rows(x), in_index, out_index)
     if needs[4]:
         grad_bias = _as_rows(grad).sum(0)
     return grad_x, grad_values, None, None, grad_bias, grad if needs[5] else None, None, None
@@ -367,7 +396,8 @@ registry.register(
         fn=channel_linear,
         reference=channel_linear_reference,
         supports=supports,
-        impls=registry.cpu_impls("any floating dtype, any shape; torch's own product between two copies"),
+        impls=registry.cpu_impls("any floating dtype, any shape; torch's own product between two copies")
+        | {("cuda", "triton"): "f32, f16 and bf16, any shape"},
         cases=CASES,
         prepare=prepare,
         kernel=kernel_name,

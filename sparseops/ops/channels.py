@@ -8,18 +8,25 @@ tensor lives: ``channels_of`` finds it by the tensors, and reads them again when
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
-from sparseops import _native
+from sparseops import _native, triton
 from sparseops.formats.channel_pruned import granularity
-from sparseops.ops import registry
+from sparseops.ops import cuda, registry
 from sparseops.ops.conv_geometry import empty_output, is_channels_last
 
+if TYPE_CHECKING:
+    from sparseops.triton import channel_tiles
+
 _INT32 = torch.int32
+# Where a kernel in Triton would lose: tiles of so few rows, if channels are loaded one by one, and groups of
+# so few channels, which leave most of a tile empty.
+_FEW_ROWS = 64
+_FEW_CHANNELS = 16
 _LEAST_TURNED = 16  # of fewer channels oneDNN prefers planes
 
 
@@ -62,6 +69,20 @@ class Side:
             table = torch.tensor([*blocks, *others], dtype=_INT32, device=index.device)
         starts = torch.tensor([0, *accumulate(counts)], dtype=_INT32, device=index.device)
         return cls(kept, total, tuple(counts), block, table, starts)
+
+    def for_kernels(self) -> "channel_tiles.Side":
+        """What the kernels in Triton want to know of it."""
+        from sparseops.triton import channel_tiles
+
+        return channel_tiles.Side(
+            self.granularity,
+            len(self.kept),
+            self.total,
+            self.table,
+            self.starts if len(self.counts) > 1 else None,
+            self.most,
+            all(count % channel_tiles.UNIT == 0 for count in self.counts),
+        )
 
     @property
     def most(self) -> int:
@@ -242,7 +263,7 @@ def no_kernel_reason(x: Tensor, values: Tensor | None = None) -> str | None:
     """Why no kernel can run on ``x`` and ``values``, None if one can; looks at devices and dtypes alone, so
     that a layer's weight may stand in for the activations."""
     if registry.on_gpu(x):
-        return "there is no kernel for GPUs"
+        return triton.no_triton_reason(x) or triton.no_dtype_reason(x, values)
     if x.device.type != "cpu":
         return f"there is no {x.device.type.upper()} kernel"
     if _native.C is None:
@@ -250,9 +271,25 @@ def no_kernel_reason(x: Tensor, values: Tensor | None = None) -> str | None:
     return _native.config_error
 
 
-def kernel_name(values: Tensor, *_: Any, **__: Any) -> str:
+def kernel_name(values: Tensor, *, groups: int = 1, **_: Any) -> str:
     """What runs for ``values``, where ``no_kernel_reason`` finds nothing against it."""
-    return registry.cpu_isa()
+    if not triton.serves(values):
+        return registry.cpu_isa()
+    if _is_narrow(values.shape[0], values.shape[-1], groups):
+        return f"torch's dense layer: groups keep fewer than {_FEW_CHANNELS} channels"
+    return cuda.triton_name("gather and scatter in it")
+
+
+def is_composed(lists: Channels, rows: int) -> bool:
+    """Whether torch's own operations serve ``rows`` rows better than a kernel in Triton does."""
+    inputs, outputs = lists.inputs, lists.outputs
+    single = 1 in (inputs.granularity, outputs.granularity)
+    return (single and rows < _FEW_ROWS) or _is_narrow(len(outputs.kept), inputs.most, len(inputs.counts))
+
+
+def _is_narrow(outputs: int, inputs: int, groups: int) -> bool:
+    """Whether groups leave tiles empty; outputs: that are kept; inputs: that a group keeps at most."""
+    return groups > 1 and min(outputs // groups, inputs) < _FEW_CHANNELS
 
 
 def read_lists(

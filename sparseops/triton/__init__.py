@@ -57,11 +57,17 @@ def no_dtype_reason(*tensors: Tensor | None) -> str | None:
     return None
 
 
-def precision(dtype: torch.dtype) -> str:
-    """``input_precision`` of a product of ``dtype``: of float32 ``"tf32"`` where torch's own switch
-    (``torch.set_float32_matmul_precision``, ``torch.backends.cuda.matmul``) allows it, else ``"ieee"``."""
+def precision(dtype: torch.dtype, *, conv: bool = False) -> str:
+    """``input_precision`` of a product of ``dtype``: of float32 ``"tf32"`` where torch's own switch allows
+    it, else ``"ieee"``. That is ``torch.set_float32_matmul_precision`` or ``torch.backends.cuda.matmul``, and
+    ``torch.backends.cudnn`` for a convolution, which allows it unless told otherwise."""
     if dtype is not torch.float32:
         return "ieee"
+    if conv:
+        cudnn = torch.backends.cudnn
+        newer = getattr(cudnn, "conv", None)  # of torch 2.9; where it is set, the older one may not answer
+        allowed = cudnn.allow_tf32 if newer is None else newer.fp32_precision == "tf32"
+        return "tf32" if allowed else "ieee"
     try:
         whole = torch.get_float32_matmul_precision() == "highest"
     except RuntimeError:  # torch refuses to answer where its newer switches are set too
