@@ -1,4 +1,5 @@
-"""``python -m benchmarks.table``: the newest results as Markdown; ``--write`` puts them into the README.
+"""``python -m benchmarks.table``: the newest results as Markdown; ``--write`` puts them into
+docs/benchmarks.md, and those of a few layers and networks into the README.
 
 It never measures: it reads what ``benchmarks.run`` and ``benchmarks.end_to_end`` wrote with ``--csv``.
 """
@@ -16,6 +17,23 @@ from benchmarks.provenance import RESULTS, TREE
 from benchmarks.results import ChannelRow, Row, newest, read
 
 MARKERS = "results"
+PAGE = "docs/benchmarks.md"
+HEADLINES = {
+    *("HED (VGG16) 320x320", "512x1024->1024", "256x4096->4096", "8x4096->4096"),
+    *("3x3 1x128@28->128", "3x3 1x256@14->256", "3x3 1x512@28->512", "1x1 1x256@14->1024"),
+    *(
+        f"{net} 1x3x224x224, kept 50%, {kind}"
+        for net in ("resnet50", "vgg16")
+        for kind in ("converted", "compacted")
+    ),
+    *("512x1024->1024, kept 512->512", "3x3 1x128@28->128, kept 64->64", "3x3 1x256@14->256, kept 128->128"),
+    *(
+        "3x3 1x512@28->512, kept 256->256",
+        "1x1 1x256@14->1024, kept 128->512",
+        "3x3 1x512@28->512, kept 512->256",
+    ),
+}
+"""The works that the README shows."""
 OP_ORDER = ("end_to_end", "nm24_linear", "nm24_conv", "channel_network", "channel_conv", "channel_linear")
 CHANNEL_HEAD = (
     "",
@@ -82,7 +100,7 @@ def _ms(value: float) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Prints the table, or writes it into the README."""
+    """Prints the table, or writes it into the pages."""
     what = "The newest results as Markdown."
     options = argparse.ArgumentParser("python -m benchmarks.table", description=what)
     add = options.add_argument
@@ -90,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--machine", default="", metavar="TEXT", help="only machines whose name contains TEXT")
     add("--threads", type=int, metavar="N", help="only rows of this thread count")
     add("--isa", metavar="NAME", help="only rows of this instruction set")
-    add("--write", action="store_true", help="put it into the README, between the markers")
+    add("--write", action="store_true", help=f"put it into {PAGE} and the README, between the markers")
     chosen = options.parse_args(argv)
     rows = [
         row
@@ -99,12 +117,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         and chosen.threads in (None, row.threads)
         and chosen.isa in (None, row.isa)
     ]
-    table = markdown(rows)
-    if chosen.write:
-        readme = TREE / "README.md"
-        readme.write_text(spliced(readme.read_text(), MARKERS, table))
-    else:
-        print(table, end="")
+    if not chosen.write:
+        print(markdown(rows), end="")
+        return 0
+    headlines = [row for row in rows if row.work in HEADLINES]
+    for name, shown in ((PAGE, rows), ("README.md", headlines)):
+        page = TREE / name
+        page.write_text(spliced(page.read_text(), MARKERS, markdown(shown)))
     return 0
 
 

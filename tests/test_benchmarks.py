@@ -269,12 +269,18 @@ def test_table_is_spliced_between_the_markers() -> None:
             output.spliced(broken, "results", "new\n")
 
 
-def test_readme_shows_only_measured_rows() -> None:
-    readme = (TREE / "README.md").read_text()
-    _, _, after = readme.partition("<!-- results: begin -->")
-    shown = after.partition("<!-- results: end -->")[0].strip().splitlines()
-    measured = table.markdown(results.newest(results.read()))
-    assert shown and all(line in measured for line in shown)
+@pytest.mark.parametrize("page", ["README.md", table.PAGE])
+def test_pages_show_what_was_measured(page: str) -> None:
+    _, _, after = (TREE / page).read_text().partition("<!-- results: begin -->")
+    shown = after.partition("<!-- results: end -->")[0].strip()
+    rows = results.newest(results.read())
+    if page == "README.md":
+        rows = [row for row in rows if row.work in table.HEADLINES]
+    assert shown == table.markdown(rows).strip()
+
+
+def test_every_headline_was_measured() -> None:
+    assert table.HEADLINES - {row.work for row in results.read()} == set()
 
 
 def test_plot_draws(row: results.Row, tmp_path: Path) -> None:
