@@ -2,8 +2,9 @@
 
 The weights are random, since what is measured is time. Each layer but the last keeps the given share of its
 outputs, in blocks of 8, of the largest L2 norm. All layers of the *converted* network gather and scatter; of
-the *compacted* one only those do that meet at a residual addition. Both must give what a dense network with
-zeros in its weights gives, and are timed beside the dense network before pruning.
+the *compacted* one only those do that meet at a residual addition; the third is compacted too, and its layers
+that meet lose the same channels, chosen *together*. Each must give what a dense network with zeros in its
+weights gives, and is timed beside the dense network before pruning.
 """
 
 from __future__ import annotations
@@ -50,17 +51,19 @@ def macs(model: nn.Module, x: Tensor) -> int:
 
 
 def models(dense: nn.Module, x: Tensor, ratio: float) -> dict[str, nn.Module]:
-    """The three networks by name. Raises WrongResult when one of them computes something else."""
+    """The networks by name. Raises WrongResult when one of them computes something else."""
     converted = convert(dense, pattern=Channels(ratio=ratio))
-    small = compact(converted, x)
-    masked = to_dense(converted)
-    with torch.inference_mode():
-        expected = masked(x)
-        for name, model in (("converted", converted), ("compacted", small)):
+    # Which layers meet is seen on an example, on which layers are timed too: slower ones stay dense.
+    together = convert(dense, pattern=Channels(ratio=ratio, together=True), example_inputs=x)
+    found = {"converted": converted, "compacted": compact(converted, x), "together": compact(together, x)}
+    for name, model in found.items():
+        masked = to_dense(together if name == "together" else converted)
+        with torch.inference_mode():
+            expected = masked(x)
             error = (model(x) - expected).abs().max() / expected.abs().max()
-            if not error <= CLOSE:
-                raise WrongResult(f"{name}: off by {float(error):.2g} of the largest output")
-    return {"dense": dense, "converted": converted, "compacted": small}
+        if not error <= CLOSE:
+            raise WrongResult(f"{name}: off by {float(error):.2g} of the largest output")
+    return {"dense": dense, **found}
 
 
 def measure(found: Mapping[str, nn.Module], x: Tensor, rounds: int) -> dict[str, Times]:
@@ -81,22 +84,26 @@ def measure(found: Mapping[str, nn.Module], x: Tensor, rounds: int) -> dict[str,
 
 
 def rows(name: str, batch: int, ratio: float, rounds: int, small: bool = False) -> list[Row]:
-    """One for the converted network and one for the compacted one. ``small``: with the sizes for tests."""
+    """One for each network but the dense one. ``small``: with the sizes for tests."""
     network = NETWORKS[name]
     if small:
         dense, x = network.small(), network.small_example(batch)
     else:
         dense, x = randomise_batch_norm(network.build()), torch.randn(batch, *network.example_shape)
     found = models(dense, x, ratio)
-    whole, totals = macs(dense, x), explain_compact(found["compacted"])
-    if totals.before is None or totals.after is None:
-        raise WrongResult(f"compacted: {totals.reason}")
+    whole, left = macs(dense, x), {}
+    for kind in ("compacted", "together"):
+        totals = explain_compact(found[kind])
+        if totals.before is None or totals.after is None:
+            raise WrongResult(f"{kind}: {totals.reason}")
+        left |= {"converted": left.get("converted", totals.before.macs), kind: totals.after.macs}
     with torch.no_grad():  # in inference mode a weight that moves could not be put in order once
         sides = measure(found, x, rounds)
     shape = "x".join(map(str, x.shape))
 
-    def row(kind: str, left: int, shares: tuple[float, float] | None) -> Row:
-        at_least, aim = (round(share * whole / left, 2) for share in shares or (0.0, 0.0))
+    def row(kind: str) -> Row:
+        shares = None if kind == "converted" else (AT_LEAST, AIM)
+        at_least, aim = (round(share * whole / left[kind], 2) for share in shares or (0.0, 0.0))
         return new_row(
             OP,
             f"{name} {shape}, kept {1 - ratio:.0%}, {kind}",
@@ -107,13 +114,10 @@ def rows(name: str, batch: int, ratio: float, rounds: int, small: bool = False) 
             at_least=at_least if shares else 1.0,
             aim=aim if shares else None,
             flops=2 * whole,
-            kept_macs=left / whole,
+            kept_macs=left[kind] / whole,
         )
 
-    return [
-        row("converted", totals.before.macs, None),
-        row("compacted", totals.after.macs, (AT_LEAST, AIM)),
-    ]
+    return [row(kind) for kind in left]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

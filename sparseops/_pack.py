@@ -30,17 +30,18 @@ _LAST = "it is the model's last layer, which keeps its outputs"
 
 
 def pack_layers(
-    layers: dict[int, Layer], prune: str | None, last: Collection[int]
+    layers: dict[int, Layer], prune: str | None, last: Collection[int], meeting: Mapping[int, int]
 ) -> tuple[dict[int, SparseModule], dict[int, Row]]:
     """The sparse layers, and the rows of all, by the id of the dense ones.
 
-    last: those of ``layers`` whose outputs are the model's.
+    last: those of ``layers`` whose outputs are the model's. meeting: a number for each whose outputs meet
+    those of others, the same for all that meet.
 
     Raises:
         ValueError: a weight does not have the pattern, and ``prune`` is None; or a criterion gives no scores.
     """
     made, rows = {}, {}
-    choices = _choose(layers, last)
+    choices = _choose(layers, last, meeting)
     with _measure.progress("packing", len(layers)) as advance:
         for key, layer in layers.items():
             sparse, row = pack_layer(layer, prune, choices.get(key, {}), is_last=key in last)
@@ -150,10 +151,14 @@ Found: TypeAlias = "tuple[SparseModule, Any, list[str]]"
 """A sparse layer, its packed weight, and what to say of it."""
 
 
-def _choose(layers: dict[int, Layer], last: Collection[int]) -> dict[int, Choice]:
+Entry: TypeAlias = tuple[int, Part, ChannelSet]
+"""The id of a layer, and some of its channels."""
+
+
+def _choose(layers: dict[int, Layer], last: Collection[int], meeting: Mapping[int, int]) -> dict[int, Choice]:
     """What is kept of each layer. Layers with equal ``Channels`` compete, if that has global scope; inputs
     and outputs do not compete with each other."""
-    pools: dict[tuple[Channels, str], list[tuple[int, Part, ChannelSet]]] = {}
+    pools: dict[tuple[Channels, str], list[Entry]] = {}
     for key, layer in layers.items():
         rule = layer.treatment
         if not isinstance(rule, Channels):
@@ -164,10 +169,33 @@ def _choose(layers: dict[int, Layer], last: Collection[int]) -> dict[int, Choice
                 continue
             pools.setdefault((rule, side), []).append((key, part, channels))
     choices: dict[int, Choice] = {}
-    for (rule, _), pool in pools.items():
-        for (key, part, _), selection in zip(pool, select(rule, [c for *_, c in pool]), strict=True):
-            choices.setdefault(key, {})[part] = selection
+    for (rule, side), pool in pools.items():
+        bands = _bands(pool, meeting if rule.together and side == "outputs" else {})
+        sets = [replace(band[0][2], others=tuple(c for *_, c in band[1:])) for band in bands]
+        for band, selection in zip(bands, select(rule, sets), strict=True):
+            names = [layers[key].name for key, *_ in band]
+            for key, part, _ in band:
+                others = [name for name in names if name != layers[key].name]
+                choices.setdefault(key, {})[part] = _say_together(selection, others)
     return choices
+
+
+def _bands(pool: list[Entry], meeting: Mapping[int, int]) -> list[list[Entry]]:
+    """Which entries lose the same channels: those of layers that meet and have as many of them in as many
+    groups."""
+    bands: dict[Any, list[Entry]] = {}
+    for number, (key, part, channels) in enumerate(pool):
+        band = (meeting[key], channels.total, channels.groups) if key in meeting else number
+        bands.setdefault(band, []).append((key, part, channels))
+    return list(bands.values())
+
+
+def _say_together(selection: Selection, others: list[str]) -> Selection:
+    if not others:
+        return selection
+    more = f" and {len(others) - 1} more" if len(others) > 1 else ""
+    words = f"chosen together with those of {others[0]}{more}, which they meet"
+    return replace(selection, note="; ".join(filter(None, [selection.note, words])))
 
 
 def _channels_of(layer: Layer) -> dict[Part, ChannelSet]:

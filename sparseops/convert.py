@@ -17,6 +17,7 @@ from sparseops import _measure
 from sparseops._eligible import Choice, Layer, check_choices, find_layers
 from sparseops._pack import dense_row, pack_layer, pack_layers
 from sparseops._replace import REPORT, replace_modules, report_of, share_hooks
+from sparseops.compact import meeting_layers
 from sparseops.nn import SparseEmbedding, SparseModule
 from sparseops.prune import Channels, Plan
 from sparseops.prune.plan import NAMED
@@ -55,7 +56,7 @@ def convert(  # noqa: PLR0913
             the model is run on them in eval mode: each layer is timed and stays dense, with its own weights,
             unless it gets faster, and the result is checked against the dense model with the same zeros. The
             layers whose outputs are the model's, which ``Channels`` keeps, are found by it too; without it
-            the last one counts.
+            the last one counts. So are those that meet in additions, for ``Channels(together=True)``.
         include: name patterns (fnmatch, of a layer or of a module it lies in), module types and predicates
             ``(name, module) -> bool``, one or a list; only these layers are made sparse. With
             ``lambda name, _: f"{name}.values" in checkpoint`` they are the ones that a state dict holds.
@@ -69,7 +70,8 @@ def convert(  # noqa: PLR0913
     Raises:
         TypeError: an argument is of the wrong type; model is TorchScript or wrapped for distributed training.
         ValueError: pattern or prune is unknown, a name pattern matches nothing, a weight does not have the
-            pattern and prune is None, or a criterion does not give a number per channel.
+            pattern and prune is None, a criterion does not give a number per channel, or layers are to be
+            chosen together without example_inputs or in a model whose graph cannot be drawn.
         RuntimeError: the model cannot be copied, or the check on example_inputs fails.
     """
     _check_model(model)
@@ -89,7 +91,8 @@ def convert(  # noqa: PLR0913
     with _quiet_autograd():
         layers = find_layers(model, included, excluded, pattern)
         eligible = {id(layer.module): layer for layer in layers if layer.code is None}
-        made, rows = pack_layers(eligible, prune, _last_layers(model, layers, inputs))
+        last, meeting = _last_layers(model, layers, inputs), _meeting(model, eligible, inputs)
+        made, rows = pack_layers(eligible, prune, last, meeting)
         if inputs is not None and made:
             _try_out(model, eligible, made, inputs, rows)
         swaps = {key: (eligible[key].module, sparse) for key, sparse in made.items()}
@@ -170,6 +173,18 @@ def _last_layers(model: nn.Module, layers: list[Layer], inputs: _measure.Inputs 
         and not isinstance(layer.module, (nn.Embedding, SparseEmbedding))
     ]
     return {id(ends[-1])} if ends else set()
+
+
+def _meeting(model: nn.Module, eligible: dict[int, Layer], inputs: _measure.Inputs | None) -> dict[int, int]:
+    """For each layer that is chosen together with others the number of these, by its id."""
+    rules = [layer.treatment for layer in eligible.values()]
+    if not any(isinstance(rule, Channels) and rule.together for rule in rules):
+        return {}
+    if inputs is None:
+        raise ValueError("convert: example_inputs must be given with Channels(together=True), got None")
+    modules = dict(model.named_modules(remove_duplicate=False))
+    groups = meeting_layers(model, inputs)
+    return {id(modules[name]): number for number, names in enumerate(groups) for name in names}
 
 
 @contextmanager

@@ -82,9 +82,7 @@ def _double(args: Sequence[Any]) -> list[Any]:
 
 
 def _sizes(args: Sequence[Any]) -> list[Any]:
-    return [
-        arg.double().abs() if _is_floating(arg) else arg.abs() if _is_int8(arg) else arg for arg in args
-    ]
+    return [arg.double().abs() if _is_floating(arg) else arg.abs() if _is_int8(arg) else arg for arg in args]
 
 
 def _contiguous(args: Sequence[Any]) -> list[Any]:

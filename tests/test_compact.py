@@ -217,8 +217,9 @@ def test_report_of_another_model():
         explain_compact(3)
 
 
-def test_page_runs(capsys):
+def test_page_runs(capsys, always_faster):
     text = (Path(__file__).resolve().parent.parent / "docs" / "compaction.md").read_text()
-    (block,) = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
-    exec(compile(block, "docs/compaction.md", "exec"), {})
+    names = {}
+    for block in re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
+        exec(compile(block, "docs/compaction.md", "exec"), names)
     assert "64 → 32" in capsys.readouterr().out

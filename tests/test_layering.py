@@ -24,7 +24,10 @@ PYTHON = {
     "_replace": ({"_measure", "report"}, {"torch"}),
     "_pack": ({"_eligible", "_measure", "_replace", "formats", "nn", "prune", "report"}, {"torch"}),
     "_measure": ({"nn"}, {"torch", "rich"}),
-    "convert": ({"nn", "prune", "report", "_eligible", "_measure", "_pack", "_replace"}, {"torch"}),
+    "convert": (
+        {"compact", "nn", "prune", "report", "_eligible", "_measure", "_pack", "_replace"},
+        {"torch"},
+    ),
     "compact": ({"nn", "ops", "formats", "report", "_measure"}, {"torch", "rich"}),
     "doctor": ({"_native", "env", "ops", "triton"}, {"torch", "rich"}),
     "testing": ({"ops", "formats"}, {"torch"}),

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from sparseops import _measure
 from sparseops.compact import cost
 from sparseops.compact.channels import Flow, Rule
-from sparseops.compact.layers import find_layers
+from sparseops.compact.layers import CONVS, find_layers
 from sparseops.compact.report import CompactReport
 from sparseops.compact.rewrite import Cut, Uneven, cut_layers
 from sparseops.compact.rows import edge_rows, layer_rows, unchanged_rows
@@ -83,6 +83,31 @@ def explain_compact(model: nn.Module) -> CompactReport:
             f"explain_compact: model must come from compact, got a {type(model).__name__} without its report"
         )
     return report
+
+
+def meeting_layers(model: nn.Module, inputs: _measure.Inputs) -> list[list[str]]:
+    """The names of layers whose outputs meet, channel by channel, in additions and the like, where these
+    channels could be left out if none of the layers had them.
+
+    Raises:
+        ValueError: the model's graph cannot be drawn.
+    """
+    masked = _twin(model, dense=True)
+    try:
+        drawn = trace(masked, inputs.args, inputs.kwargs)
+    except Untraceable as exc:
+        raise ValueError(
+            "convert: pattern must be without together for a model whose graph cannot be drawn, "
+            f"got one ({exc})"
+        ) from exc
+    flow = Flow(drawn, RULES, *find_layers(model, _by_name(masked), drawn))
+    found: dict[tuple[int, ...], list[str]] = {}
+    for name, use in flow.uses.items():
+        mixes = isinstance(use.layer.dense, (*CONVS, nn.Linear)) and not use.layer.depthwise
+        classes = flow.classes(use.target) if mixes else None
+        if classes is not None:
+            found.setdefault(classes, []).append(name)
+    return [names for names in found.values() if len(names) > 1]
 
 
 def _compact(

@@ -185,6 +185,13 @@ class Flow:
         """bool [C]: the channels that the tensor will have."""
         return self._exists[self._root[value.ids]]
 
+    def classes(self, value: Value) -> tuple[int, ...] | None:
+        """Which channels exist with each of these or not at all, as a number for each; None if one of them
+        has to exist whatever its layer is."""
+        roots = self._root[value.ids].tolist()
+        demanded = {root for ids, _ in self._demands for root in self._root[ids].tolist()}
+        return None if demanded.intersection(roots) else tuple(roots)
+
     def why(self, value: Value, which: Tensor) -> list[str]:
         """Why these channels (bool [C]) of a tensor have to exist though it could do without."""
         reasons = (self._why.get(root) for root in self._root[value.ids[which]].tolist())

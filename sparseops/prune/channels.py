@@ -42,6 +42,10 @@ class Channels:
         side: "outputs", "inputs", or "both", where ratio applies to each: 0.5 leaves 25 % of the products.
         then: "2:4" prunes the compact weight to 2:4 by magnitude, with kept inputs in multiples of 32.
         keep_last: the outputs of the model's last layer are the model's own, and are all kept.
+        together: layers whose outputs meet in additions, as those of residual blocks do, drop the same ones,
+            by the sum of their scores, each over the mean of its layer. What each loses alone is little less,
+            and ``compact`` can then leave those channels out everywhere. Takes ``example_inputs`` to see
+            which layers meet.
 
     Raises:
         TypeError: a field is of the wrong type.
@@ -56,6 +60,7 @@ class Channels:
     side: str = "outputs"
     then: str | None = None
     keep_last: bool = True
+    together: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.ratio, bool) or not isinstance(self.ratio, (int, float)):
@@ -85,8 +90,9 @@ class Channels:
             if value not in allowed:
                 words = ", ".join("None" if word is None else f'"{word}"' for word in allowed)
                 raise ValueError(f"Channels: {name} must be one of {words}, got {value!r}")
-        if not isinstance(self.keep_last, bool):
-            raise TypeError(f"Channels: keep_last must be True or False, got {self.keep_last!r}")
+        for name in ("keep_last", "together"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"Channels: {name} must be True or False, got {getattr(self, name)!r}")
 
     def __repr__(self) -> str:
         """The ratio, and what differs from the defaults."""
@@ -115,12 +121,13 @@ class ChannelSet:
     """Channels of which some can be dropped: those of one side of a layer.
 
     weight: [O, C, ...], C counting the channels of one group. dim: where the channels lie, 0 for outputs and
-    1 for inputs. groups: of the convolution.
+    1 for inputs. groups: of the convolution. others: sets of the same size that lose the same channels.
     """
 
     weight: Tensor
     dim: int = 0
     groups: int = 1
+    others: tuple[ChannelSet, ...] = ()
 
     @property
     def per_group(self) -> int:
@@ -131,6 +138,18 @@ class ChannelSet:
     def total(self) -> int:
         """Channels of all groups."""
         return self.per_group * self.groups
+
+    @property
+    def layers(self) -> int:
+        """How many sets lose what is chosen."""
+        return 1 + len(self.others)
+
+    def losses(self, rule: Channels) -> Tensor:
+        """[groups, blocks of a group]: the scores of blocks over their mean, of all sets together."""
+        scores = score_blocks(self.scores(rule.criterion), rule.width, rule.criterion)
+        finite = scores[scores.isfinite()].abs()
+        mean = float(finite.mean()) if finite.numel() else 0.0
+        return sum((other.losses(rule) for other in self.others), scores / (mean or 1.0))
 
     def scores(self, criterion: str | Criterion) -> Tensor:
         """[groups, channels of a group] by ``criteria.score``."""
@@ -186,14 +205,13 @@ class _Ladder:
         unit = max(rule.width, rule.round_to)
         if rule.then is not None and channels.dim == 1:
             unit = math.lcm(unit, INPUTS_24)
-        scores = score_blocks(channels.scores(rule.criterion), rule.width, rule.criterion)
+        losses = channels.losses(rule)
         # Sorted from the back, so that of equal blocks the higher one goes first.
-        order = scores.shape[1] - 1 - scores.flip(1).sort(dim=1, stable=True).indices
+        order = losses.shape[1] - 1 - losses.flip(1).sort(dim=1, stable=True).indices
         if channels.groups > 1 and channels.per_group % rule.width:
             order = _last_in_step(order)
-        finite = scores[scores.isfinite()].abs()
-        mean = float(finite.mean()) if finite.numel() else 0.0
-        return cls(channels, rule.width, unit // rule.width, order, scores.gather(1, order) / (mean or 1.0))
+        losses = losses.gather(1, order) / channels.layers
+        return cls(channels, rule.width, unit // rule.width, order, losses)
 
     @property
     def blocks(self) -> int:
@@ -210,9 +228,10 @@ class _Ladder:
         return f"block{'s' if self.unit > 1 else ''} of {self.width}"
 
     def dropped(self, blocks: int) -> int:
-        """Channels of all groups that go with the first ``blocks`` blocks."""
+        """Channels of all groups and layers that go with the first ``blocks`` blocks."""
         starts = self.order[0, :blocks] * self.width
-        return int((self.channels.per_group - starts).clamp(max=self.width).sum()) * self.channels.groups
+        channels = int((self.channels.per_group - starts).clamp(max=self.width).sum())
+        return channels * self.channels.groups * self.channels.layers
 
     def selection(self, blocks: int, note: str = "") -> Selection:
         """What is left without the first ``blocks`` blocks."""
@@ -255,7 +274,7 @@ def _select_local(rule: Channels, ladder: _Ladder) -> Selection:
 
 def _select_global(rule: Channels, ladders: Sequence[_Ladder]) -> list[Selection]:
     """Steps of all sets in the order of their losses, as long as the channels of all fit into the ratio."""
-    budget = rule.ratio * sum(ladder.channels.total for ladder in ladders) + 1e-9
+    budget = rule.ratio * sum(ladder.channels.total * ladder.channels.layers for ladder in ladders) + 1e-9
     steps = []
     for number, ladder in enumerate(ladders):
         if ladder.whole(rule) is not None:
