@@ -36,6 +36,7 @@ def convert(  # noqa: PLR0913
     include: Choice | list[Choice] | None = None,
     exclude: Choice | list[Choice] | None = None,
     inplace: bool = False,
+    measure: bool = True,
 ) -> nn.Module:
     """The model with its linear and convolution layers made sparse; ``explain`` says what became of each.
 
@@ -62,6 +63,8 @@ def convert(  # noqa: PLR0913
             ``lambda name, _: f"{name}.values" in checkpoint`` they are the ones that a state dict holds.
         exclude: the same; these layers are left out.
         inplace: replace the layers in ``model`` itself.
+        measure: time the layers on example_inputs. A layer that is slower by itself may be faster once
+            ``compact`` has taken its gather and scatter away: with False no layer stays dense for its time.
 
     Returns:
         A new model, or with ``inplace`` the given one (a lone layer comes back as another object). When there
@@ -94,17 +97,18 @@ def convert(  # noqa: PLR0913
         last, meeting = _last_layers(model, layers, inputs), _meeting(model, eligible, inputs)
         made, rows = pack_layers(eligible, prune, last, meeting)
         if inputs is not None and made:
-            _try_out(model, eligible, made, inputs, rows)
+            _try_out(model, eligible, made, inputs, rows, measure)
         swaps = {key: (eligible[key].module, sparse) for key, sparse in made.items()}
         result = replace_modules(model, swaps, inplace) if swaps else model
     # Times of an earlier call are not mixed with new ones: threads and machine may have changed.
-    earlier = recorded if inputs is None else None
+    measured = inputs is not None and measure
+    earlier = None if measured else recorded
     report = _report(
         model,
         [rows.get(id(layer.module)) or _kept_row(layer, recorded, earlier) for layer in layers],
         str(pattern),
         earlier,
-        measured_now=inputs is not None,
+        measured_now=measured,
     )
     if not swaps:
         warnings.warn(_nothing_done(report), stacklevel=2)
@@ -200,8 +204,10 @@ def _try_out(
     made: dict[int, SparseModule],
     inputs: _measure.Inputs,
     rows: dict[int, Row],
+    measure: bool,
 ) -> None:
-    """Run the model; takes those layers out of ``made`` that should stay dense, and fills in the rows."""
+    """Run the model; takes those layers out of ``made`` that should stay dense, and fills in the rows.
+    measure: judge them by their time too."""
 
     def keep_dense(key: int, code: Code, reason: str) -> None:
         size = rows[key].bytes_before
@@ -212,19 +218,20 @@ def _try_out(
 
     for key, reader in _measure.weight_readers(model, eligible.keys(), inputs).items():
         keep_dense(key, Code.WEIGHT_READ, f"{reader}() is called on its weight outside its own forward")
-    with _measure.progress("measuring", len(made)) as advance:
-        timings = _measure.measure(model, made, inputs, advance)
-    for key in list(made):
-        timing = timings.get(key)
-        if timing is None:
-            words = f"{rows[key].reason}; not called on example_inputs, so not measured"
-            rows[key] = replace(rows[key], reason=words)
-            continue
-        rows[key] = replace(rows[key], ms_before=timing.ms_before, ms_after=timing.ms_after)
-        if timing.ms_after >= timing.ms_before:
-            ratio = timing.ms_before / timing.ms_after
-            where = f"{ratio:.2f}x at input {list(timing.input_shape)}"
-            keep_dense(key, Code.SLOWER, f"{where}, so it stays dense with its own weights")
+    if measure:
+        with _measure.progress("measuring", len(made)) as advance:
+            timings = _measure.measure(model, made, inputs, advance)
+        for key in list(made):
+            timing = timings.get(key)
+            if timing is None:
+                words = f"{rows[key].reason}; not called on example_inputs, so not measured"
+                rows[key] = replace(rows[key], reason=words)
+                continue
+            rows[key] = replace(rows[key], ms_before=timing.ms_before, ms_after=timing.ms_after)
+            if timing.ms_after >= timing.ms_before:
+                ratio = timing.ms_before / timing.ms_after
+                where = f"{ratio:.2f}x at input {list(timing.input_shape)}"
+                keep_dense(key, Code.SLOWER, f"{where}, so it stays dense with its own weights")
     if made:
         with_zeros = {key: layer.to_dense() for key, layer in made.items()}
         for layers in (made, with_zeros):

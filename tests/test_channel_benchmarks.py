@@ -80,7 +80,6 @@ def test_rows_know_ideal_and_tax_and_survive_the_file(
     assert "| work |" not in text
 
 
-@pytest.mark.usefixtures("always_faster")
 def test_whole_networks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--small", "--net", "resnet50", "--batch", "2", "--ratio", "0.5", "--rounds", "2"]
     assert channel_nets.main([*options, "--csv", str(tmp_path)]) == 0

@@ -217,7 +217,7 @@ def test_report_of_another_model():
         explain_compact(3)
 
 
-def test_page_runs(capsys, always_faster):
+def test_page_runs(capsys):
     text = (Path(__file__).resolve().parent.parent / "docs" / "compaction.md").read_text()
     names = {}
     for block in re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL):

@@ -38,14 +38,14 @@ class Block(nn.Module):
 
 
 @pytest.fixture(autouse=True)
-def seeded(always_faster):
+def seeded():
     torch.manual_seed(2)
 
 
 def made(pattern, model=None, **options):
     model = Block(**options).eval() if model is None else model
     x = torch.randn(2, 3, 10, 10)
-    return model, x, convert(model, pattern, example_inputs=x)
+    return model, x, convert(model, pattern, example_inputs=x, measure=False)
 
 
 def kept(layer):
@@ -103,7 +103,7 @@ def test_channels_that_have_to_stay_tie_nothing():
             return self.head(y + self.second(y))
 
     model, x = Open().eval(), torch.randn(1, 32, 8, 8)
-    sparse = convert(model, TOGETHER, example_inputs=x)
+    sparse = convert(model, TOGETHER, example_inputs=x, measure=False)
     assert all("together" not in row.reason for row in explain(sparse))
 
 
@@ -127,7 +127,7 @@ def test_all_layers_compete_with_their_channels_counted_in_each():
 def test_residual_networks_compact_everywhere(name, edges):
     net = NETWORKS[name]
     model, x = net.small(), net.small_example(2)
-    sparse = convert(model, TOGETHER, example_inputs=x)
+    sparse = convert(model, TOGETHER, example_inputs=x, measure=False)
     small = compact(sparse, x)
     codes = [edge.code.value for edge in explain_compact(small).edges]
     assert codes.count("compacted") == edges and codes.count("whole") == 1 and len(codes) == edges + 1

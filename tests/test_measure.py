@@ -101,6 +101,31 @@ def test_all_layers_slower_returns_the_model(net, x, monkeypatch):
     assert_untouched(net, before)
 
 
+def test_without_measuring_no_layer_is_judged_by_its_time(net, x, monkeypatch):
+    def fail(*_):
+        raise AssertionError("it was timed")
+
+    monkeypatch.setattr(_measure, "_alternate", fail)
+    checked = []
+    check = _measure.check_model
+    monkeypatch.setattr(
+        _measure, "check_model", lambda *args, **options: checked.append(1) or check(*args, **options)
+    )
+    sparse = sparseops.convert(net, example_inputs=x, measure=False)
+    report = sparseops.explain(sparse)
+    assert checked == [1]
+    for name in SPARSE_NAMES:
+        assert report[name].sparse and report[name].ms_before is None and report[name].ms_after is None
+        assert "measured" not in report[name].reason
+    assert report.threads is None and report.torch is None
+
+
+def test_times_of_an_earlier_call_stay_where_nothing_is_measured(net, x, always_faster):
+    first = sparseops.convert(net, example_inputs=x)
+    again = sparseops.explain(sparseops.convert(first, example_inputs=x, measure=False))
+    assert again[SPARSE_NAMES[0]].ms_before == 2.0 and again.threads == torch.get_num_threads()
+
+
 def test_example_inputs_as_tuple_and_dict(always_faster):
     class Two(nn.Module):
         def __init__(self):
