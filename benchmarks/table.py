@@ -22,10 +22,11 @@ HEADLINES = {
     *("HED (VGG16) 320x320", "512x1024->1024", "256x4096->4096", "8x4096->4096"),
     *("3x3 1x128@28->128", "3x3 1x256@14->256", "3x3 1x512@28->512", "1x1 1x256@14->1024"),
     *(
-        f"{net} 1x3x224x224, kept 50%, {kind}"
-        for net in ("resnet50", "vgg16")
-        for kind in ("converted", "compacted")
+        f"resnet50 {b}x3x224x224, kept 50%, {how}"
+        for b in (1, 8)
+        for how in ("converted", "compacted", "together")
     ),
+    *(f"vgg16 1x3x224x224, kept 50%, {how}" for how in ("converted", "compacted")),
     *("512x1024->1024, kept 512->512", "3x3 1x128@28->128, kept 64->64", "3x3 1x256@14->256, kept 128->128"),
     *(
         "3x3 1x512@28->512, kept 256->256",
