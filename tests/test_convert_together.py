@@ -8,7 +8,6 @@ from torch import nn
 
 from benchmarks.networks import NETWORKS
 from sparseops import Channels, Plan, compact, convert, explain, explain_compact
-from sparseops.nn import SparseConv2d
 
 TOGETHER = Channels(ratio=0.5, together=True)
 
@@ -90,37 +89,60 @@ def test_rows_say_who_chose():
 
 
 def test_channels_that_have_to_stay_tie_nothing():
-    """What meets the model's input, or is what it returns, cannot be left out anywhere."""
+    """What a layer norm reads cannot be left out anywhere."""
 
-    class Open(nn.Module):
+    class Normed(nn.Module):
         def __init__(self):
             super().__init__()
-            self.first, self.second = nn.Conv2d(32, 32, 3, padding=1), nn.Conv2d(32, 32, 3, padding=1)
-            self.head = nn.Conv2d(32, 8, 1)
+            self.first, self.second, self.head = nn.Linear(16, 64), nn.Linear(16, 64), nn.Linear(64, 8)
+            self.norm = nn.LayerNorm(64)
 
         def forward(self, x):
-            y = x + self.first(x)
-            return self.head(y + self.second(y))
+            return self.head(self.norm(self.first(x) + self.second(x)))
 
-    model, x = Open().eval(), torch.randn(1, 32, 8, 8)
+    model, x = Normed().eval(), torch.randn(3, 16)
     sparse = convert(model, TOGETHER, example_inputs=x, measure=False)
+    assert kept(sparse.first) != kept(sparse.second)
     assert all("together" not in row.reason for row in explain(sparse))
 
 
 def test_each_pattern_of_a_plan_counts_for_itself():
-    plan = Plan({"stem": TOGETHER, "end": Channels(ratio=0.25), "*": None})
-    _, _, sparse = made(plan)
+    plan = Plan({"stem": TOGETHER, "end": Channels(ratio=0.25), "gate": Channels(ratio=0.25), "*": None})
+    model = Block(gated=True).eval()
+    with torch.no_grad():
+        model.gate.weight[:16] *= 2
+    _, _, sparse = made(plan, model)
     assert len(kept(sparse.stem)) == 16 and len(kept(sparse.end)) == 24
     assert all("together" not in row.reason for row in explain(sparse))
+    assert kept(sparse.gate) != kept(sparse.end)
+
+
+def test_inputs_are_chosen_alone():
+    model = Block(gated=True).eval()
+    model.inner, model.end = nn.Conv2d(32, 32, 3, padding=1), nn.Conv2d(32, 32, 3, padding=1)
+    with torch.no_grad():
+        model.gate.weight[:, :16] *= 2
+        model.end.weight[:, 16:] *= 2
+    _, _, sparse = made(Channels(ratio=0.5, side="both", together=True), model)
+    assert kept(sparse.stem) == kept(sparse.end) == kept(sparse.gate)
+    assert sparse.gate.in_index.tolist() == [*range(16)] and sparse.end.in_index.tolist() == [*range(16, 32)]
 
 
 def test_all_layers_compete_with_their_channels_counted_in_each():
-    rule = Channels(ratio=0.5, scope="global", together=True)
-    model, _, sparse = made(rule)
-    outputs = {name: layer for name, layer in sparse.named_modules() if isinstance(layer, SparseConv2d)}
-    assert kept(sparse.stem) == kept(sparse.end)
-    dropped = sum(layer.out_channels - len(kept(layer)) for layer in outputs.values())
-    assert dropped in range(40, 57)  # half of 32 + 48 + 32, less what a step of two layers passes over
+    model = Block().eval()
+    with torch.no_grad():
+        for layer in (model.stem, model.inner, model.end):
+            layer.weight.fill_(1.0)
+        model.inner.weight[:8] *= 0.5
+        model.stem.weight[:8] *= 0.7
+        model.end.weight[:8] *= 0.7
+    # A quarter of 32 + 48 + 32 is 28: a block of the inner layer, and one of the two that meet.
+    _, _, sparse = made(Channels(ratio=0.25, scope="global", together=True), model)
+    assert kept(sparse.stem) == kept(sparse.end) == [*range(8, 32)]
+    assert kept(sparse.inner) == [*range(8, 48)]
+    # A sixth is 18: the block of the two does not fit beside the inner one's, which matters less than each.
+    _, _, sparse = made(Channels(ratio=1 / 6, scope="global", together=True), model)
+    assert kept(sparse.inner) == [*range(8, 40)] and isinstance(sparse.stem, nn.Conv2d)
 
 
 @pytest.mark.parametrize(("name", "edges"), [("resnet18", 18), ("resnet50", 23)])

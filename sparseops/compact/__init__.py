@@ -103,7 +103,7 @@ def meeting_layers(model: nn.Module, inputs: _measure.Inputs) -> list[list[str]]
     flow = Flow(drawn, RULES, *find_layers(model, _by_name(masked), drawn))
     found: dict[tuple[int, ...], list[str]] = {}
     for name, use in flow.uses.items():
-        mixes = isinstance(use.layer.dense, (*CONVS, nn.Linear)) and not use.layer.depthwise
+        mixes = isinstance(use.layer.dense, (*CONVS, nn.Linear))
         classes = flow.classes(use.target) if mixes else None
         if classes is not None:
             found.setdefault(classes, []).append(name)
