@@ -225,6 +225,7 @@ def test_a_layer_and_a_weight(monkeypatch):
         layer = sparseops.SparseLinear(40, 24).to(PLACE)
         assert layer.kernel.startswith("triton, expanded in registers")
         assert layer.kernel_note is None
+        assert sparseops.nn.SparseLSTM(40, 32).to(PLACE).kernel == layer.kernel
         x = torch.randn(3, 40, device=PLACE)
         torch.testing.assert_close(layer(x), layer.to_dense()(x))
         layer(x).sum().backward()

@@ -155,26 +155,34 @@ class SparseModule(nn.Module):
     @property
     def kernel(self) -> str:
         """The kernel that runs for activations of this layer's dtype and device, or ``reference: <why>``."""
-        reason = self.op.supports(self.values, **self._options())
+        values = self._some_values
+        reason = self.op.supports(values, **self._options())
         if reason is not None:
             return f"reference: {reason}"
         if self.op.kernel is not None:
-            return self.op.kernel(self.values, **self._options())
-        return cuda.kernel_name(self.values, self._no_wgmma())
+            return self.op.kernel(values, **self._options())
+        return cuda.kernel_name(values, self._no_wgmma())
 
     @property
     def kernel_note(self) -> str | None:
         """What to know of ``kernel``, if anything."""
-        if self.op.supports(self.values, **self._options()) is not None or not cuda.is_hopper(self.values):
+        values = self._some_values
+        if self.op.supports(values, **self._options()) is not None or not cuda.is_hopper(values):
             return None
         reason = self._no_wgmma()
         return reason and f"by mma.sp, which may lose to a dense layer on this GPU: {reason}"
 
     def _no_wgmma(self) -> str | None:
         """Why none of the kernels by wgmma.sp can run where others can, None if one can."""
-        if self.op.no_wgmma is None or not registry.on_gpu(self.values):
+        values = self._some_values
+        if self.op.no_wgmma is None or not registry.on_gpu(values):
             return None
-        return self.op.no_wgmma(self.values, **self._options())
+        return self.op.no_wgmma(values, **self._options())
+
+    @property
+    def _some_values(self) -> Tensor:
+        """Those of a weight that stands for all."""
+        return self.values
 
     def _options(self) -> dict[str, Any]:
         """What of the layer, besides its tensors, decides whether a kernel can run."""

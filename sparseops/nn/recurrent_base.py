@@ -25,7 +25,7 @@ from sparseops.nn.recurrence import (
     select,
 )
 from sparseops.nn.recurrent_weights import FIRST, MATRICES, Prune, RecurrentWeights, pack_weights
-from sparseops.ops import cuda, registry
+from sparseops.ops import registry
 
 
 class SparseRecurrent(SparseModule):
@@ -158,26 +158,12 @@ class SparseRecurrent(SparseModule):
     @property
     def kernel(self) -> str:
         """The kernel that runs for activations of this layer's dtype and device, or ``reference: <why>``."""
-        if not self._is_nm24:
-            return f"torch.{self.mode.lower()} on the compact weights"
-        reason = self.op.supports(self._some_values)
-        if reason is not None:
-            return f"reference: {reason}"
-        return cuda.kernel_name(self._some_values, self._no_wgmma())
+        return super().kernel if self._is_nm24 else f"torch.{self.mode.lower()} on the compact weights"
 
     @property
     def kernel_note(self) -> str | None:
         """What to know of ``kernel``, if anything."""
-        values = self._some_values
-        if not self._is_nm24 or self.op.supports(values) is not None or not cuda.is_hopper(values):
-            return None
-        reason = self._no_wgmma()
-        return reason and f"by mma.sp, which may lose to a dense layer on this GPU: {reason}"
-
-    def _no_wgmma(self) -> str | None:
-        if self.op.no_wgmma is None or not registry.on_gpu(self._some_values):
-            return None
-        return self.op.no_wgmma(self._some_values)
+        return super().kernel_note if self._is_nm24 else None
 
     def _prepare(self) -> None:
         for suffix in self._suffixes():
