@@ -233,10 +233,10 @@ def _kernel(op: registry.Op, device: str) -> Kernel:
     with FakeTensorMode():
         x = torch.empty((8, 16), dtype=op.dtype, device=device)
         reason = op.supports(x)
-        in_triton = ("cuda", "triton") in op.impls and (not _has_cuda_kernel(op) or cuda.by_triton(x))
+        by_triton = cuda.by_triton(x) or (registry.on_gpu(x) and not _has_cuda_kernel(op))
     if reason is not None:
         return Kernel(op.name, device, False, "", reason, _cure(op, device, reason), op.runs_on(device))
-    if in_triton and registry.on_gpu(x):
+    if by_triton and ("cuda", "triton") in op.impls:
         note = f"triton, {op.impls['cuda', 'triton']}"
         return Kernel(op.name, device, True, note, exists=op.runs_on(device))
     notes = [note for (kind, _), note in op.impls.items() if kind == device]

@@ -235,6 +235,13 @@ def test_triton_where_cuda_was_not_built(native, reason):
         assert "built without CUDA" in linear.reason
 
 
+def test_what_has_a_kernel_in_triton_alone_runs_that_beside_kernels_of_cuda(native):
+    native(FakeModule(), triton_reason=None)
+    by_place = kernels(sparseops.doctor())
+    assert by_place["channel_conv", "cuda"].kernel == "triton, f32, f16 and bf16, any shape"
+    assert not by_place["nm24_linear", "cuda"].kernel.startswith("triton")
+
+
 def test_devices_are_listed(native, monkeypatch):
     native(FakeModule())
     fake = SimpleNamespace(

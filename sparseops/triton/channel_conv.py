@@ -25,6 +25,7 @@ from torch import Tensor
 from sparseops.triton import precision
 from sparseops.triton.channel_tiles import (
     INDEX_LIMIT,
+    OF_32_ROWS,
     Side,
     Taps,
     channels_at,
@@ -300,7 +301,7 @@ AOT = (
         (8, 8),
         config="float32",
         precision="tf32",
-        instructions={90: "mma.sync", 100: "mma.sync"},
+        instructions=OF_32_ROWS,
     ),
     _signature("float32_ieee", torch.float32, (1, 1), config="float32", unit=1, product=False),
 )

@@ -19,6 +19,7 @@ from torch import Tensor
 from sparseops.triton import precision
 from sparseops.triton.channel_tiles import (
     INDEX_LIMIT,
+    OF_32_ROWS,
     Side,
     Taps,
     channels_at,
@@ -222,7 +223,7 @@ AOT = (
         config="float32",
         flat=False,
         precision="tf32",
-        instructions={90: "mma.sync", 100: "mma.sync"},
+        instructions=OF_32_ROWS,
     ),
     _signature("float32_ieee", torch.float32, (1, 1), config="float32", flat=False, unit=1, product=False),
 )

@@ -30,6 +30,9 @@ UNIT = 8
 INDEX_LIMIT = 2**31
 """Kernels count rows, tiles and what lies within a row in 32 bits."""
 
+OF_32_ROWS = {90: "mma.sync", 100: "mma.sync"}
+"""What multiplies tiles of 32 rows, fewer than the newer instructions take, by compute capability."""
+
 
 class Side(NamedTuple):
     """The inputs or outputs of a layer, as above. kept, total: channels. most: that any group keeps. even:
