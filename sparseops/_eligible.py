@@ -21,7 +21,7 @@ from sparseops.nn import (
     SparseLSTM,
     SparseModule,
 )
-from sparseops.prune import Channels, Plan, Treatment
+from sparseops.prune import Channels, Layers, Plan, Treatment, Unstructured
 from sparseops.report import Code
 
 Choice: TypeAlias = "str | type[nn.Module] | Callable[[str, nn.Module], bool]"
@@ -57,8 +57,8 @@ _WEIGHT_READERS: tuple[tuple[type[nn.Module], tuple[str, ...]], ...] = (
 
 @dataclass
 class Layer:
-    """A layer that holds a weight. names: all its names in the model. treatment: what was asked for it. code:
-    None when it can be made sparse."""
+    """A layer that holds a weight. names: all its names in the model. treatment: what was asked for it, and
+    rule: the pattern of the plan that asked, if one did. code: None when it can be made sparse."""
 
     names: tuple[str, ...]
     module: Any
@@ -66,6 +66,7 @@ class Layer:
     shape: tuple[int, ...]
     nbytes: int
     treatment: Treatment = "2:4"
+    rule: str | None = None
     code: Code | None = None
     reason: str = ""
     notes: list[str] = field(default_factory=list)
@@ -106,13 +107,14 @@ def find_layers(
             continue
         if len(layer.names) > 1:
             layer.notes.append(f"also named {', '.join(layer.names[1:])}")
+        unasked = _treatment(layer, by_name, pattern)
         verdict = (
             _identity(layer)
             or _choice(layer, by_name, include, exclude)
-            or _treatment(layer, by_name, pattern)
+            or unasked
             or _behaviour(layer, readers)
             or _weight(layer, shared)
-            or _size(layer)
+            or size_verdict(layer)
         )
         if verdict is not None:
             layer.code, layer.reason = verdict
@@ -174,10 +176,11 @@ def _treatment(layer: Layer, by_name: dict[str, nn.Module], pattern: Treatment |
         return None
     for name, treatment in pattern.rules:
         if _matches(name, layer, by_name):
-            layer.treatment = treatment
+            layer.treatment, layer.rule = treatment, name
             if treatment is None:
                 return Code.EXCLUDED, f"the plan leaves it dense by {_say(name)}"
             return None
+    layer.treatment = None
     return Code.EXCLUDED, "no pattern of the plan names it"
 
 
@@ -233,9 +236,14 @@ def _weight(layer: Layer, shared: dict[int, str]) -> Verdict:
     return None
 
 
-def _size(layer: Layer) -> Verdict:
-    """Layers in which the format can leave nothing out, or costs more than the products it saves."""
+def size_verdict(layer: Layer) -> Verdict:
+    """Layers for which there is no format, or in which it can leave nothing out, or costs more than the
+    products it saves."""
     module = layer.module
+    if isinstance(layer.treatment, Layers):
+        return Code.UNSTRUCTURED, "the plan drops it whole or not at all"
+    if isinstance(layer.treatment, Unstructured):
+        return Code.UNSTRUCTURED, Code.UNSTRUCTURED.explanation
     groups: int = getattr(module, "groups", 1)
     if groups > 1 and layer.shape[1] == 1:
         return Code.DEPTHWISE, Code.DEPTHWISE.explanation
@@ -397,8 +405,8 @@ def _matches(choice: Choice, layer: Layer, by_name: dict[str, nn.Module]) -> boo
     return False
 
 
-def check_choices(model: nn.Module, argument: str, given: Any) -> list[Choice]:
-    """``given`` as a list of choices.
+def check_choices(model: nn.Module, argument: str, given: Any, caller: str = "convert") -> list[Choice]:
+    """``given`` as a list of choices. caller: the function that a user called, which errors begin with.
 
     Raises:
         TypeError: something in it is no pattern, module type or predicate.
@@ -411,12 +419,12 @@ def check_choices(model: nn.Module, argument: str, given: Any) -> list[Choice]:
         is_predicate = callable(choice) and not isinstance(choice, (type, nn.Module))
         if not (isinstance(choice, str) or is_type or is_predicate):
             raise TypeError(
-                f"convert: {argument} must hold name patterns, module types or predicates "
+                f"{caller}: {argument} must hold name patterns, module types or predicates "
                 f"(name, module) -> bool, got {choice!r}"
             )
         if isinstance(choice, str) and not fnmatch.filter(names, choice):
             raise ValueError(
-                f"convert: {argument} must match at least one module of the model, got {choice!r}"
+                f"{caller}: {argument} must match at least one module of the model, got {choice!r}"
             )
     return choices
 

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -72,14 +73,16 @@ class Inputs:
         )
 
 
-def trial(model: nn.Module, replacements: Mapping[int, nn.Module]) -> tuple[nn.Module, dict[int, nn.Module]]:
+def trial(
+    model: nn.Module, replacements: Mapping[int, nn.Module], caller: str = "convert"
+) -> tuple[nn.Module, dict[int, nn.Module]]:
     """A copy of ``model`` in eval mode, with layers replaced, to try things on; its modules by original id.
 
     The copy shares the parameters, which a forward does not change, and has buffers of its own, which it may.
     """
     memo: dict[int, Any] = {id(p): p for p in model.parameters()}
     memo |= replacements
-    twin = copy_model(model, memo).eval()
+    twin = copy_model(model, memo, caller).eval()
     return twin, {id(module): memo[id(module)] for module in model.modules() if id(module) in memo}
 
 
@@ -103,7 +106,7 @@ def run(model: nn.Module, inputs: Inputs) -> Any:
 
     Random numbers are the same at each call, since the generators are put back as they were.
     """
-    memo: dict[int, Any] = {id(t): t.detach().clone() for t in _tensors((inputs.args, inputs.kwargs))}
+    memo: dict[int, Any] = {id(t): t.detach().clone() for t in tensors((inputs.args, inputs.kwargs))}
     args, kwargs = copy.deepcopy((inputs.args, inputs.kwargs), memo)
     # Hooks on layers are not called inside a compiled part. (set_stance would import the compiler.)
     eager = "torch._dynamo" in sys.modules
@@ -149,7 +152,7 @@ def output_layers(model: nn.Module, layers: Collection[int], inputs: Inputs) -> 
 
 
 def _storages(tree: Any) -> list[StorageWeakRef]:
-    return [StorageWeakRef(t.untyped_storage()) for t in _tensors(tree) if t.layout == torch.strided]
+    return [StorageWeakRef(t.untyped_storage()) for t in tensors(tree) if t.layout == torch.strided]
 
 
 class _WeightWatch(TorchFunctionMode):
@@ -169,10 +172,10 @@ class _WeightWatch(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        for arg in _tensors((args, kwargs)):
+        for arg in tensors((args, kwargs)):
             key = self.owners.get(id(arg))
             # Reading weight.dtype or weight.shape does not need its elements.
-            if key is not None and key not in self.inside and any(True for _ in _tensors(result)):
+            if key is not None and key not in self.inside and any(True for _ in tensors(result)):
                 self.found.setdefault(key, getattr(func, "__name__", str(func)))
         return result
 
@@ -198,7 +201,7 @@ def measure(
             if key in timings:
                 return
             sparse = replacements[key]
-            x = next(_tensors((args, kwargs)))
+            x = next(tensors((args, kwargs)))
             if isinstance(layer, _LINEAR):
                 check_layer(names[key], sparse, x)
             else:
@@ -271,7 +274,7 @@ def check_model(sparse: nn.Module, masked: nn.Module, inputs: Inputs, caller: st
 
 def _compare_all(caller: str, what: str, masked: Any, sparse: Any) -> None:
     """Compare all tensors in the outputs of ``what`` with those of its masked dense form."""
-    expected, found = list(_tensors(masked)), list(_tensors(sparse))
+    expected, found = list(tensors(masked)), list(tensors(sparse))
     shapes = [[tuple(t.shape) for t in outputs] for outputs in (expected, found)]
     if shapes[0] != shapes[1]:
         raise RuntimeError(f"{caller}: outputs of {what} must have shapes {shapes[0]}, got {shapes[1]}")
@@ -324,30 +327,38 @@ def _synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _tensors(tree: Any) -> Iterator[Tensor]:
+def tensors(tree: Any) -> Iterator[Tensor]:
     """The tensors in nested lists, tuples, dicts and objects with fields (dataclasses, model outputs)."""
     if isinstance(tree, Tensor):
         yield tree
     elif isinstance(tree, (list, tuple)):
         for item in tree:
-            yield from _tensors(item)
+            yield from tensors(item)
     elif isinstance(tree, dict):
         for item in tree.values():
-            yield from _tensors(item)
+            yield from tensors(item)
     elif hasattr(tree, "__dataclass_fields__") and not isinstance(tree, type):
         for name in tree.__dataclass_fields__:
-            yield from _tensors(getattr(tree, name))
+            yield from tensors(getattr(tree, name))
+
+
+_shown: ContextVar[bool] = ContextVar("_shown", default=False)
 
 
 @contextmanager
-def progress(description: str, total: int) -> Iterator[Callable[[], None]]:
-    """A progress bar on standard error when that is a terminal; yields what moves it on by one."""
-    if not sys.stderr.isatty():
+def progress(description: str, total: int | None) -> Iterator[Callable[[], None]]:
+    """A progress bar on standard error when that is a terminal; yields what moves it on by one. Of a bar within
+    another one nothing is shown."""
+    if not sys.stderr.isatty() or _shown.get():
         yield lambda: None
         return
     from rich.console import Console
     from rich.progress import Progress
 
-    with Progress(console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(description, total=total)
-        yield lambda: bar.advance(task)
+    token = _shown.set(True)
+    try:
+        with Progress(console=Console(stderr=True), transient=True) as bar:
+            task = bar.add_task(description, total=total)
+            yield lambda: bar.advance(task)
+    finally:
+        _shown.reset(token)

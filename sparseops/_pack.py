@@ -9,22 +9,14 @@ from typing import Any, TypeAlias
 from torch import Tensor, nn
 
 from sparseops import _measure
-from sparseops._eligible import FORMAT_24, FORMAT_CHANNELS, Layer, too_small_for_24
+from sparseops._eligible import FORMAT_24, FORMAT_CHANNELS, Layer
 from sparseops._replace import HOOKS
+from sparseops._select import Choice, Part, choose, then_24
 from sparseops.formats import NM24, ChannelPruned, Keep
 from sparseops.formats.channel_pruned import granularity
 from sparseops.nn import SparseModule
-from sparseops.nn.recurrent_weights import unit_matrix
-from sparseops.prune import Channels, ChannelSet, Selection, select
+from sparseops.prune import Channels, is_24_transposable
 from sparseops.report import Code, Row
-
-Part: TypeAlias = tuple[str, str]
-"""The layer and direction of a recurrent layer, "" of another one, and the side of its channels."""
-
-Choice: TypeAlias = dict[Part, Selection]
-"""Which channels of a layer are kept."""
-
-SIDES = ("outputs", "inputs")
 
 _LAST = "it is the model's last layer, which keeps its outputs"
 
@@ -41,7 +33,7 @@ def pack_layers(
         ValueError: a weight does not have the pattern, and ``prune`` is None; or a criterion gives no scores.
     """
     made, rows = {}, {}
-    choices = _choose(layers, last, meeting)
+    choices = choose(layers if prune else _by_magnitude(layers), last, meeting)
     with _measure.progress("packing", len(layers)) as advance:
         for key, layer in layers.items():
             sparse, row = pack_layer(layer, prune, choices.get(key, {}), is_last=key in last)
@@ -58,20 +50,23 @@ def pack_layer(
     """The sparse form of a layer and its row (as an eligible one), or None and the row that says why."""
     rule = layer.treatment
     if not isinstance(rule, Channels):
+        if rule == "2:4t":
+            _check_transposable(layer, prune)
         return _pack_24(layer, prune, [])
     is_last = is_last and rule.keep_last and rule.side != "inputs"
     words = [_LAST] if is_last else []
     keeps_all = all(its.kept is None for its in choice.values())
     found = None
     if prune is None:
-        found = _pack_zeros(layer, rule, may_have_none=is_last or keeps_all)
+        may_have_none = is_last or keeps_all or rule.threshold is not None
+        found = _pack_zeros(layer, rule, may_have_none)
     elif not keeps_all:
         found = _pack_chosen(layer, rule, choice)
     if found is not None:
         sparse, packed, said = found
         return sparse, _row(layer, sparse, packed, said + words)
     words += _notes(layer, choice)
-    if _then(layer, rule, {})[1]:
+    if then_24(layer, rule, {})[1]:
         return _pack_24(layer, prune, [*words, "so it is 2:4 alone"])
     return None, dense_row(layer, Code.WHOLE, "; ".join(words or [f"there are no {rule.side} to drop"]))
 
@@ -115,7 +110,30 @@ def _row(layer: Layer, sparse: SparseModule, packed: Any, words: list[str]) -> R
     )
 
 
+def _by_magnitude(layers: dict[int, Layer]) -> dict[int, Layer]:
+    """The layers with the criterion that zero channels matter least by, whatever evidence made them zero."""
+    return {
+        key: replace(layer, treatment=replace(layer.treatment, criterion=None))
+        if isinstance(layer.treatment, Channels)
+        else layer
+        for key, layer in layers.items()
+    }
+
+
 # 2:4
+
+
+def _check_transposable(layer: Layer, prune: str | None) -> None:
+    weights = [p for p in layer.module._parameters.values() if p is not None and p.dim() > 1]
+    if all(map(is_24_transposable, weights)):
+        return
+    source = '("2:4t" masks come from sparseops.Pruner)'
+    if prune is not None:
+        raise ValueError(f'convert: pattern must be "2:4" with prune="{prune}" {source}, got "2:4t"')
+    raise ValueError(
+        f"convert: weight of layer {layer.name!r} must be 2:4 along its inputs and along its outputs "
+        f"{source}, got more than two non-zeros in a group of four"
+    )
 
 
 def _pack_24(layer: Layer, prune: str | None, words: list[str]) -> tuple[SparseModule, Row]:
@@ -151,75 +169,9 @@ Found: TypeAlias = "tuple[SparseModule, Any, list[str]]"
 """A sparse layer, its packed weight, and what to say of it."""
 
 
-Entry: TypeAlias = tuple[int, Part, ChannelSet]
-"""The id of a layer, and some of its channels."""
-
-
-def _choose(layers: dict[int, Layer], last: Collection[int], meeting: Mapping[int, int]) -> dict[int, Choice]:
-    """What is kept of each layer. Layers with equal ``Channels`` compete, if that has global scope; inputs
-    and outputs do not compete with each other."""
-    pools: dict[tuple[Channels, str], list[Entry]] = {}
-    for key, layer in layers.items():
-        rule = layer.treatment
-        if not isinstance(rule, Channels):
-            continue
-        for part, channels in _channels_of(layer).items():
-            side = part[1]
-            if rule.side not in (side, "both") or (side == "outputs" and rule.keep_last and key in last):
-                continue
-            pools.setdefault((rule, side), []).append((key, part, channels))
-    choices: dict[int, Choice] = {}
-    for (rule, side), pool in pools.items():
-        bands = _bands(pool, meeting if rule.together and side == "outputs" else {})
-        sets = [replace(band[0][2], others=tuple(c for *_, c in band[1:])) for band in bands]
-        for band, selection in zip(bands, select(rule, sets), strict=True):
-            names = [layers[key].name for key, *_ in band]
-            for key, part, _ in band:
-                others = [name for name in names if name != layers[key].name]
-                choices.setdefault(key, {})[part] = _say_together(selection, others)
-    return choices
-
-
-def _bands(pool: list[Entry], meeting: Mapping[int, int]) -> list[list[Entry]]:
-    """Which entries lose the same channels: those of layers that meet and have as many of them in as many
-    groups."""
-    bands: dict[Any, list[Entry]] = {}
-    for number, (key, part, channels) in enumerate(pool):
-        band = (meeting[key], channels.total, channels.groups) if key in meeting else number
-        bands.setdefault(band, []).append((key, part, channels))
-    return list(bands.values())
-
-
-def _say_together(selection: Selection, others: list[str]) -> Selection:
-    if not others:
-        return selection
-    more = f" and {len(others) - 1} more" if len(others) > 1 else ""
-    words = f"chosen together with those of {others[0]}{more}, which they meet"
-    return replace(selection, note="; ".join(filter(None, [selection.note, words])))
-
-
-def _channels_of(layer: Layer) -> dict[Part, ChannelSet]:
-    """What can be dropped of the layer. Hidden units are the outputs of a recurrent one, and columns those of
-    an embedding."""
-    module = layer.module
-    if isinstance(module, nn.RNNBase):
-        sets = {}
-        for name in module._flat_weights_names:
-            if name.startswith("weight_hh_"):
-                suffix = name.removeprefix("weight_hh_")
-                w_ih, w_hh = getattr(module, f"weight_ih_{suffix}"), getattr(module, name)
-                sets[suffix, "outputs"] = ChannelSet(unit_matrix(w_ih, w_hh))
-                sets[suffix, "inputs"] = ChannelSet(w_ih, 1)
-        return sets
-    if isinstance(module, nn.Embedding):
-        return {("", "outputs"): ChannelSet(module.weight.t())}
-    groups = getattr(module, "groups", 1)
-    return {("", side): ChannelSet(module.weight, dim, groups) for dim, side in enumerate(SIDES)}
-
-
 def _pack_chosen(layer: Layer, rule: Channels, choice: Choice) -> Found:
     """The layer with the channels of ``choice`` alone."""
-    said, halved = _then(layer, rule, {part: its.count for part, its in choice.items()})
+    said, halved = then_24(layer, rule, {part: its.count for part, its in choice.items()})
     sparse, packed = _pack_kept(layer, {part: its.kept for part, its in choice.items()}, halved)
     by = f"by {rule.criterion_name}, with {100 * packed.energy_kept:.1f}% of the energy"
     words = [_say_kept(layer, packed), by if packed.energy_kept < 1.0 else "the others were zero already"]
@@ -236,7 +188,7 @@ def _pack_zeros(layer: Layer, rule: Channels, may_have_none: bool) -> Found | No
             return None
         raise ValueError(f"convert: {what} must have zero channels: {exc}") from exc
     kept = {part: index for part, (index, _) in _lists(layer, packed).items()}
-    said, halved = _then(layer, rule, {part: len(index) for part, index in kept.items()})
+    said, halved = then_24(layer, rule, {part: len(index) for part, index in kept.items()})
     if halved:
         for weight in _weights_of(packed).values():
             try:
@@ -253,28 +205,6 @@ def _pack_kept(layer: Layer, kept: Mapping[Part, Tensor | None], halved: bool) -
     if isinstance(layer.module, nn.Embedding):
         prune = Keep(inputs=keeps[""].outputs)  # its outputs are the columns of its weight
     return _class_of(layer).pack(layer.module, prune=prune, format=FORMAT_CHANNELS)
-
-
-def _then(layer: Layer, rule: Channels, counts: Mapping[Part, int]) -> tuple[list[str], bool]:
-    """What to say of the 2:4 that comes after, and whether it does, for a layer that keeps ``counts``."""
-    if rule.then is None:
-        return [], False
-    module = layer.module
-    if isinstance(module, nn.Embedding):
-        return ["2:4 is left out, since an embedding does not multiply"], False
-    if isinstance(module, nn.RNNBase):
-        whole, groups = {"outputs": module.hidden_size, "inputs": module.input_size}, 1
-    else:
-        groups = getattr(module, "groups", 1)
-        whole = {"outputs": layer.shape[0], "inputs": layer.shape[1] * groups}
-    least = {
-        side: min([count for part, count in counts.items() if part[1] == side], default=size)
-        for side, size in whole.items()
-    }
-    verdict = too_small_for_24(module, (least["outputs"], least["inputs"] // groups))
-    if verdict is not None:
-        return [f"2:4 is left out: {verdict[1]}"], False
-    return ["what is kept is 2:4"], True
 
 
 def _class_of(layer: Layer) -> type[SparseModule]:

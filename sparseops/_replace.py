@@ -15,6 +15,9 @@ from sparseops.report import Report
 REPORT = "_sparseops_report"
 """The attribute of a model that holds what convert wrote down."""
 
+PLAN = "_sparseops_plan"
+"""The attribute of a model that holds the plan by which it was pruned, for convert to go by."""
+
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 _HOOK_OPTIONS = (
     "_forward_pre_hooks_with_kwargs",

@@ -16,12 +16,15 @@ from torch import Tensor, nn
 from sparseops import _measure
 from sparseops._eligible import Choice, Layer, check_choices, find_layers
 from sparseops._pack import dense_row, pack_layer, pack_layers
-from sparseops._replace import REPORT, replace_modules, report_of, share_hooks
-from sparseops.compact import meeting_layers
-from sparseops.nn import SparseEmbedding, SparseModule
-from sparseops.prune import Channels, Plan
-from sparseops.prune.plan import NAMED
+from sparseops._replace import PLAN, REPORT, replace_modules, report_of, share_hooks
+from sparseops._select import last_layers, meeting
+from sparseops.nn import SparseModule
+from sparseops.prune import Channels, Layers, Plan, Unstructured
+from sparseops.prune.plan import NAMED, RULES
 from sparseops.report import Code, Report, Row
+
+AS_PRUNED = "as pruned"
+"""The pattern that a report names where the model told it."""
 
 # Codes of layers that stay dense because of what was asked for: another pattern might take them.
 _OF_THE_PATTERN = {Code.TOO_SMALL, Code.GROUPED, Code.DEPTHWISE, Code.KIND}
@@ -29,7 +32,7 @@ _OF_THE_PATTERN = {Code.TOO_SMALL, Code.GROUPED, Code.DEPTHWISE, Code.KIND}
 
 def convert(  # noqa: PLR0913
     model: nn.Module,
-    pattern: str | Channels | Plan = "2:4",
+    pattern: str | Channels | Unstructured | Layers | Plan | None = None,
     *,
     prune: str | None = "magnitude",
     example_inputs: Tensor | tuple[Any, ...] | dict[str, Any] | None = None,
@@ -47,12 +50,15 @@ def convert(  # noqa: PLR0913
 
     Args:
         model: any module; a lone layer too. Not changed unless ``inplace``; on an error never changed.
-        pattern: "2:4" (of four neighbouring weights two are zero), a ``Channels`` (whole channels are zero),
-            or a ``Plan`` that says which layers get which. Layers with equal ``Channels`` of scope "global"
-            compete with one another.
+        pattern: "2:4" (of four neighbouring weights two are zero), "2:4t" (of the transposed weight too), a
+            ``Channels`` (whole channels are zero), or a ``Plan`` that says which layers get which. Layers
+            with equal ``Channels`` of scope "global" compete with one another. No kernel gains from an
+            ``Unstructured`` or a ``Layers``, so that their layers stay as they are. None for the zeros of
+            ``Pruner``, where the model has been finalized by one: they are taken as they are, whatever
+            ``prune`` is; for "2:4" in another model.
         prune: "magnitude" drops the two smallest of each four weights, or the channels that matter least by
             the criterion of ``Channels``, where the pattern is not there already; None refuses such a weight,
-            and drops the channels that are zero.
+            and drops the channels that are zero. Only ``Pruner`` makes a weight "2:4t".
         example_inputs: a tensor, a tuple of arguments or a dict of keyword arguments of ``model``. A copy of
             the model is run on them in eval mode: each layer is timed and stays dense, with its own weights,
             unless it gets faster, and the result is checked against the dense model with the same zeros. The
@@ -78,24 +84,31 @@ def convert(  # noqa: PLR0913
         RuntimeError: the model cannot be copied, or the check on example_inputs fails.
     """
     _check_model(model)
-    if not isinstance(pattern, (Channels, Plan)) and pattern not in NAMED:
-        raise ValueError(
-            f"convert: pattern must be {', '.join(NAMED)}, a Channels or a Plan, got {pattern!r}"
-        )
+    if pattern is not None and not isinstance(pattern, (*RULES, Plan)) and pattern not in NAMED:
+        words = ", ".join([*NAMED, *(f"a {rule.__name__}" for rule in RULES)])
+        raise ValueError(f"convert: pattern must be {words}, a Plan or None, got {pattern!r}")
     if prune not in ("magnitude", None):
         raise ValueError(f'convert: prune must be "magnitude" or None, got {prune!r}')
     inputs = None if example_inputs is None else _measure.Inputs.of(example_inputs)
     included = None if include is None else check_choices(model, "include", include)
     excluded = [] if exclude is None else check_choices(model, "exclude", exclude)
-    if isinstance(pattern, Plan):
-        check_choices(model, "pattern", [name for name, _ in pattern.rules])
+    plan = _recorded_plan(model) if pattern is None else None
+    wanted = plan or pattern or "2:4"
+    if isinstance(wanted, Plan):
+        check_choices(model, "pattern", [name for name, _ in wanted.rules])
 
     recorded = _recorded(model)
     with _quiet_autograd():
-        layers = find_layers(model, included, excluded, pattern)
+        layers = find_layers(model, included, excluded, wanted)
         eligible = {id(layer.module): layer for layer in layers if layer.code is None}
-        last, meeting = _last_layers(model, layers, inputs), _meeting(model, eligible, inputs)
-        made, rows = pack_layers(eligible, prune, last, meeting)
+        last, meets = last_layers(model, layers, inputs), meeting(model, eligible, inputs, "convert")
+        try:
+            made, rows = pack_layers(eligible, prune if plan is None else None, last, meets)
+        except ValueError as exc:
+            if plan is None:
+                raise
+            cure = "the model has lost zeros since it was pruned (a pattern prunes it anew)"
+            raise ValueError(f"{exc}; {cure}") from exc
         if inputs is not None and made:
             _try_out(model, eligible, made, inputs, rows, measure)
         swaps = {key: (eligible[key].module, sparse) for key, sparse in made.items()}
@@ -106,7 +119,7 @@ def convert(  # noqa: PLR0913
     report = _report(
         model,
         [rows.get(id(layer.module)) or _kept_row(layer, recorded, earlier) for layer in layers],
-        str(pattern),
+        str(wanted) if plan is None else AS_PRUNED,
         earlier,
         measured_now=measured,
     )
@@ -123,13 +136,17 @@ def explain(model: nn.Module) -> Report:
 
     Raises:
         TypeError: model is no module.
+        ValueError: a ``Pruner`` has finalized the model, and its zeros are gone.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"explain: model must be a torch.nn.Module, got {type(model).__name__}")
     recorded = _recorded(model)
+    plan = None if recorded else _recorded_plan(model)
+    prune = "magnitude" if plan is None else None
     with _quiet_autograd():
-        rows = [_row_now(layer, recorded) for layer in find_layers(model)]
-    return _report(model, rows, recorded.pattern if recorded else "2:4", recorded)
+        rows = [_row_now(layer, recorded, prune) for layer in find_layers(model, pattern=plan or "2:4")]
+    pattern = recorded.pattern if recorded else "2:4" if plan is None else AS_PRUNED
+    return _report(model, rows, pattern, recorded)
 
 
 def to_dense(model: nn.Module, *, inplace: bool = False) -> nn.Module:
@@ -160,35 +177,6 @@ def _check_model(model: nn.Module) -> None:
         )
     if isinstance(model, nn.parallel.DistributedDataParallel):
         raise TypeError("convert: model must be unwrapped (pass model.module), got DistributedDataParallel")
-
-
-def _last_layers(model: nn.Module, layers: list[Layer], inputs: _measure.Inputs | None) -> set[int]:
-    """The ids of the layers whose outputs are the model's."""
-    rules = [layer.treatment for layer in layers if layer.code is None]
-    if not any(isinstance(rule, Channels) and rule.keep_last for rule in rules):
-        return set()
-    if inputs is not None:
-        return _measure.output_layers(model, {id(layer.module) for layer in layers}, inputs)
-    # An embedding is no model's last layer, wherever it was registered.
-    ends = [
-        layer.module
-        for layer in layers
-        if (isinstance(layer.module, SparseModule) or layer.sparse_class is not None)
-        and not isinstance(layer.module, (nn.Embedding, SparseEmbedding))
-    ]
-    return {id(ends[-1])} if ends else set()
-
-
-def _meeting(model: nn.Module, eligible: dict[int, Layer], inputs: _measure.Inputs | None) -> dict[int, int]:
-    """For each layer that is chosen together with others the number of these, by its id."""
-    rules = [layer.treatment for layer in eligible.values()]
-    if not any(isinstance(rule, Channels) and rule.together for rule in rules):
-        return {}
-    if inputs is None:
-        raise ValueError("convert: example_inputs must be given with Channels(together=True), got None")
-    modules = dict(model.named_modules(remove_duplicate=False))
-    groups = meeting_layers(model, inputs)
-    return {id(modules[name]): number for number, names in enumerate(groups) for name in names}
 
 
 @contextmanager
@@ -242,6 +230,12 @@ def _try_out(
         _measure.check_model(sparse, masked, inputs)
 
 
+def _recorded_plan(model: nn.Module) -> Plan | None:
+    """What a pruner wrote down about the model."""
+    plan = getattr(model, PLAN, None)  # a compiled model hands on what it holds
+    return plan if isinstance(plan, Plan) else None
+
+
 def _recorded(model: nn.Module) -> Report | None:
     """What earlier conversions of the model, or of parts of it, wrote down; the outermost report counts."""
     found = {f"{name}." if name else "": report_of(module) for name, module in model.named_modules()}
@@ -290,7 +284,7 @@ def _kept_row(layer: Layer, recorded: Report | None, timed: Report | None) -> Ro
     return row
 
 
-def _row_now(layer: Layer, recorded: Report | None) -> Row:
+def _row_now(layer: Layer, recorded: Report | None, prune: str | None) -> Row:
     """The row of a layer for explain: what convert recorded if it still holds."""
     old = _recorded_row(layer, recorded)
     if isinstance(layer.module, SparseModule):
@@ -300,7 +294,7 @@ def _row_now(layer: Layer, recorded: Report | None) -> Row:
     if old is not None and is_same and layer.code in {None, old.code, *_OF_THE_PATTERN}:
         return old
     if layer.code is None:
-        return pack_layer(layer, "magnitude", {})[1]
+        return pack_layer(layer, prune, {})[1]
     return _kept_row(layer, recorded, recorded)
 
 

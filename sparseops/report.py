@@ -70,6 +70,7 @@ class Code(str, enum.Enum):
     TORCHSCRIPT = "torchscript", "the children of a TorchScript module cannot be replaced"
     SLOWER = "slower", "the sparse layer was measured and is not faster"
     WHOLE = "whole", "the pruning drops none of the layer's channels"
+    UNSTRUCTURED = "unstructured", "its zeros lie in no pattern that a kernel gains from"
 
 
 SPARSE_CODES = frozenset({Code.CONVERTED, Code.ALREADY_SPARSE})
@@ -226,7 +227,9 @@ class Report:
             "bytes", justify="right", footer=change_text(self.bytes_before, self.bytes_after, size_text)
         )
         if measured:
-            table.add_column("ms", justify="right", footer=change_text(self.ms_before, self.ms_after, _ms))
+            table.add_column(
+                "ms", justify="right", footer=change_text(self.ms_before, self.ms_after, ms_text)
+            )
             table.add_column("speed-up", justify="right", footer=_times(self.speedup))
         table.add_column("reason", overflow="fold")
         for row in self.rows:
@@ -240,7 +243,7 @@ class Report:
                 change_text(row.bytes_before, row.bytes_after, size_text),
             ]
             if measured:
-                cells += [change_text(row.ms_before, row.ms_after, _ms), _times(row.speedup)]
+                cells += [change_text(row.ms_before, row.ms_after, ms_text), _times(row.speedup)]
             cells.append(escape(row.reason))
             style = "green" if row.sparse else "cyan" if row.code is Code.ELIGIBLE else "dim"
             table.add_row(*cells, style=style)
@@ -356,7 +359,8 @@ def size_text(count: float) -> str:
     return f"{count:.1f} GiB"
 
 
-def _ms(value: float) -> str:
+def ms_text(value: float) -> str:
+    """A time in milliseconds, for people."""
     return f"{value:.3g}" if value < 100 else f"{value:.0f}"
 
 

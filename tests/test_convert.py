@@ -277,7 +277,7 @@ def test_include_rebuilds_what_a_checkpoint_holds(net, x):
         (
             {"pattern": "1:4"},
             ValueError,
-            r"convert: pattern must be 2:4, a Channels or a Plan, got '1:4'",
+            r"convert: pattern must be 2:4, 2:4t, a Channels, .*, a Plan or None, got '1:4'",
         ),
         ({"pattern": (2, 4)}, ValueError, r"convert: pattern must be 2:4, .*, got \(2, 4\)"),
         ({"prune": "random"}, ValueError, r"""convert: prune must be "magnitude" or None, got 'random'"""),

@@ -44,9 +44,9 @@ def formats(model):
         (
             {"*": "1:4"},
             ValueError,
-            r"""Plan: rules\['\*'\] must be a Channels, "2:4" or None, got '1:4'""",
+            r"""Plan: rules\['\*'\] must be a Channels, .*, Layers, "2:4", "2:4t" or None, got '1:4'""",
         ),
-        ({"a": 0.5}, TypeError, r"Plan: rules\['a'\] must be a Channels, \"2:4\" or None, got 0.5"),
+        ({"a": 0.5}, TypeError, r"Plan: rules\['a'\] must be a Channels, .*, \"2:4t\" or None, got 0.5"),
         ({"a": Channels}, TypeError, r"Plan: rules\['a'\] must be a Channels, .*, got <class"),
     ],
 )

@@ -8,16 +8,23 @@ as the others, and as many channels: a short last block goes in all groups or in
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from sparseops.prune.criteria import CRITERIA, Criterion, score, score_blocks
+from sparseops.prune.criteria import Criterion, check_criterion, score, score_blocks
+from sparseops.prune.fields import check_amount, check_integer, check_word, say_criterion, say_rule
 
 SCOPES = ("local", "global")
-SIDES = ("outputs", "inputs", "both")
+SIDES = {"outputs": (0,), "inputs": (1,), "both": (0, 1)}
+"""Sides of a layer, with the dimensions of its weight that the channels of these lie along."""
+
+CRITERION = "l2"
+"""What channels are judged by where no criterion was given."""
 
 INPUTS_24 = 32
 """Kept inputs come in multiples of this where the compact weight becomes 2:4, whose rows are padded to it."""
@@ -30,9 +37,10 @@ class Channels:
     Attributes:
         ratio: share of a layer's blocks that is dropped, in [0, 1), rounded down to whole blocks; with scope
             "global" the share of the channels of all layers together. A layer always keeps one block.
-        criterion: how much a channel matters: "l1" (sum of magnitudes), "l2" (root of the sum of squares), or
-            a function (weight [O, C, ...], dim) -> scores [weight.shape[dim]]. NaN and infinite scores count
-            as the largest; of equal ones the lower channel is kept.
+        criterion: how much a channel matters: a name of ``CRITERIA``, as "l1" (sum of magnitudes) and "l2"
+            (root of the sum of squares), or a function (weight [O, C, ...], dim) -> scores
+            [weight.shape[dim]]. NaN and infinite scores count as the largest; of equal ones the lower channel
+            is kept. None for the pruner's, and for "l2" in ``convert``.
         round_to: the kept count is a multiple of this, but for a short last block and where all are kept.
             Kernels run in steps of 8 channels, so that other counts win nothing.
         scope: "local" drops the same share of each layer; "global" lets the blocks of all layers compete,
@@ -46,6 +54,10 @@ class Channels:
             by the sum of their scores, each over the mean of its layer. What each loses alone is little less,
             and ``compact`` can then leave those channels out everywhere. Takes ``example_inputs`` to see
             which layers meet.
+        threshold: blocks that score at most this go, and ratio and scope are not used; a block's score is the
+            mean of its channels', for "l2" the root of the mean square. Of a grouped convolution each group
+            loses as many as the one that has the fewest of them. None for ratio; not with ``together``.
+        min_kept: a layer keeps at least so many channels, and at least one block.
 
     Raises:
         TypeError: a field is of the wrong type.
@@ -53,7 +65,7 @@ class Channels:
     """
 
     ratio: float = 0.5
-    criterion: str | Criterion = "l2"
+    criterion: str | Criterion | None = None
     round_to: int = 8
     scope: str = "local"
     block: int | None = None
@@ -61,54 +73,42 @@ class Channels:
     then: str | None = None
     keep_last: bool = True
     together: bool = False
+    threshold: float | None = None
+    min_kept: int = 1
 
     def __post_init__(self) -> None:
-        if isinstance(self.ratio, bool) or not isinstance(self.ratio, (int, float)):
-            raise TypeError(f"Channels: ratio must be a number, got {self.ratio!r}")
-        if not 0 <= self.ratio < 1:
-            raise ValueError(f"Channels: ratio must be in [0, 1), got {self.ratio}")
-        if not callable(self.criterion) and self.criterion not in CRITERIA:
-            raise ValueError(
-                f"Channels: criterion must be one of {', '.join(CRITERIA)} or a function "
-                f"(weight, dim) -> scores, got {self.criterion!r}"
-            )
-        for name in ("round_to", "block"):
-            value = getattr(self, name)
-            if value is None and name == "block":
-                continue
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"Channels: {name} must be an integer, got {value!r}")
-            if value < 1:
-                raise ValueError(f"Channels: {name} must be at least 1, got {value}")
+        check_amount(self)
+        for name in ("round_to", "block", "min_kept"):
+            if name != "block" or self.block is not None:
+                check_integer(self, name)
         if self.round_to % self.width and self.width % self.round_to:
             raise ValueError(
                 f"Channels: block must be a divisor or a multiple of round_to ({self.round_to}), "
                 f"got {self.block}"
             )
-        for name, allowed in (("scope", SCOPES), ("side", SIDES), ("then", (None, "2:4"))):
-            value = getattr(self, name)
-            if value not in allowed:
-                words = ", ".join("None" if word is None else f'"{word}"' for word in allowed)
-                raise ValueError(f"Channels: {name} must be one of {words}, got {value!r}")
+        for name, allowed in (("scope", SCOPES), ("side", tuple(SIDES)), ("then", (None, "2:4"))):
+            check_word(self, name, allowed)
         for name in ("keep_last", "together"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"Channels: {name} must be True or False, got {getattr(self, name)!r}")
+        if self.threshold is not None and self.together:
+            raise ValueError(f"Channels: threshold must be None with together=True, got {self.threshold}")
+        if self.criterion is not None:
+            check_criterion(self.criterion, "Channels", SIDES[self.side])
 
     def __repr__(self) -> str:
-        """The ratio, and what differs from the defaults."""
-        words = [f"ratio={self.ratio:g}"]
-        for field in fields(self)[1:]:
-            value = getattr(self, field.name)
-            if value != field.default:
-                words.append(f"{field.name}={self.criterion_name if callable(value) else repr(value)}")
-        return f"Channels({', '.join(words)})"
+        """The ratio or the threshold, and what differs from the defaults."""
+        return say_rule(self)
+
+    @property
+    def judge(self) -> str | Criterion:
+        """The criterion that counts."""
+        return CRITERION if self.criterion is None else self.criterion
 
     @property
     def criterion_name(self) -> str:
-        """The criterion's name, or that of the function."""
-        if isinstance(self.criterion, str):
-            return self.criterion
-        return getattr(self.criterion, "__name__", type(self.criterion).__name__)
+        """The name of the criterion that counts, or that of the function."""
+        return say_criterion(self.judge)
 
     @property
     def width(self) -> int:
@@ -122,12 +122,14 @@ class ChannelSet:
 
     weight: [O, C, ...], C counting the channels of one group. dim: where the channels lie, 0 for outputs and
     1 for inputs. groups: of the convolution. others: sets of the same size that lose the same channels.
+    evidence: what criteria ask for beside the weight: tensors of its shape, and settings.
     """
 
     weight: Tensor
     dim: int = 0
     groups: int = 1
     others: tuple[ChannelSet, ...] = ()
+    evidence: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def per_group(self) -> int:
@@ -146,17 +148,29 @@ class ChannelSet:
 
     def losses(self, rule: Channels) -> Tensor:
         """[groups, blocks of a group]: the scores of blocks over their mean, of all sets together."""
-        scores = score_blocks(self.scores(rule.criterion), rule.width, rule.criterion)
+        scores = self.block_scores(rule)
         finite = scores[scores.isfinite()].abs()
         mean = float(finite.mean()) if finite.numel() else 0.0
         return sum((other.losses(rule) for other in self.others), scores / (mean or 1.0))
 
+    def block_scores(self, rule: Channels) -> Tensor:
+        """[groups, blocks of a group]: the scores of blocks by the rule's criterion."""
+        return score_blocks(self.scores(rule.judge), rule.width, rule.judge)
+
     def scores(self, criterion: str | Criterion) -> Tensor:
         """[groups, channels of a group] by ``criteria.score``."""
         if self.dim == 0:
-            return score(self.weight, 0, criterion).view(self.groups, self.per_group)
+            return score(self.weight, 0, criterion, self.evidence).view(self.groups, self.per_group)
         # Of a group's inputs nothing but the group's own filters is a reader.
-        return torch.stack([score(part, 1, criterion) for part in self.weight.chunk(self.groups)])
+        parts = zip(self.weight.chunk(self.groups), self._evidence_by_group(), strict=True)
+        return torch.stack([score(part, 1, criterion, known) for part, known in parts])
+
+    def _evidence_by_group(self) -> list[dict[str, Any]]:
+        parts = {
+            name: its.chunk(self.groups) if isinstance(its, Tensor) else [its] * self.groups
+            for name, its in self.evidence.items()
+        }
+        return [{name: its[group] for name, its in parts.items()} for group in range(self.groups)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -181,7 +195,7 @@ def select(rule: Channels, sets: Sequence[ChannelSet]) -> list[Selection]:
         ValueError: the criterion does not give one number per channel.
     """
     ladders = [_Ladder.of(rule, channels) for channels in sets]
-    if rule.scope == "local":
+    if rule.scope == "local" or rule.threshold is not None:
         return [_select_local(rule, ladder) for ladder in ladders]
     return _select_global(rule, ladders)
 
@@ -191,7 +205,8 @@ class _Ladder:
     """The blocks of a set in the order in which they go.
 
     unit: the kept blocks are a multiple of it. order: block numbers [groups, blocks]. losses: the scores of
-    the blocks in that order, over the mean score, [groups, blocks].
+    the blocks in that order, [groups, blocks]; over the mean score, but where a threshold judges them. least:
+    channels that are kept.
     """
 
     channels: ChannelSet
@@ -199,39 +214,38 @@ class _Ladder:
     unit: int
     order: Tensor
     losses: Tensor
+    least: int
 
     @classmethod
     def of(cls, rule: Channels, channels: ChannelSet) -> _Ladder:
         unit = max(rule.width, rule.round_to)
         if rule.then is not None and channels.dim == 1:
             unit = math.lcm(unit, INPUTS_24)
-        losses = channels.losses(rule)
+        losses = channels.losses(rule) if rule.threshold is None else channels.block_scores(rule)
         # Sorted from the back, so that of equal blocks the higher one goes first.
         order = losses.shape[1] - 1 - losses.flip(1).sort(dim=1, stable=True).indices
         if channels.groups > 1 and channels.per_group % rule.width:
             order = _last_in_step(order)
         losses = losses.gather(1, order) / channels.layers
-        return cls(channels, rule.width, unit // rule.width, order, losses)
+        return cls(channels, rule.width, unit // rule.width, order, losses, rule.min_kept)
 
     @property
     def blocks(self) -> int:
         """Blocks of a group."""
         return self.order.shape[1]
 
-    @property
+    @cached_property
     def steps(self) -> list[int]:
-        """Numbers of blocks that a group can lose, ascending; with the last one none would be left."""
-        return [self.blocks - kept for kept in range(0, self.blocks, self.unit)][::-1]
+        """Numbers of blocks that a group can lose, ascending; with the last one too few would be left."""
+        steps = [self.blocks - kept for kept in range(0, self.blocks, self.unit)][::-1]
+        left = [self.channels.total - self.dropped[blocks] // self.channels.layers for blocks in steps]
+        return steps[: 1 + sum(count >= self.least for count in left)]
 
-    @property
-    def words(self) -> str:
-        return f"block{'s' if self.unit > 1 else ''} of {self.width}"
-
-    def dropped(self, blocks: int) -> int:
-        """Channels of all groups and layers that go with the first ``blocks`` blocks."""
-        starts = self.order[0, :blocks] * self.width
-        channels = int((self.channels.per_group - starts).clamp(max=self.width).sum())
-        return channels * self.channels.groups * self.channels.layers
+    @cached_property
+    def dropped(self) -> list[int]:
+        """Channels of all groups and layers that go with the first blocks, by how many these are."""
+        sizes = (self.channels.per_group - self.order[0] * self.width).clamp(max=self.width)
+        return [0, *(sizes.cumsum(0) * self.channels.groups * self.channels.layers).tolist()]
 
     def selection(self, blocks: int, note: str = "") -> Selection:
         """What is left without the first ``blocks`` blocks."""
@@ -245,30 +259,45 @@ class _Ladder:
 
     def whole(self, rule: Channels) -> Selection | None:
         """All channels, where none can go; else None."""
-        if not rule.ratio:
+        if not rule.ratio and rule.threshold is None:
             return self.selection(0, "ratio is 0")
         if self.blocks <= self.unit:
             few = f"{self.channels.per_group} channels"
             few += " per group" if self.channels.groups > 1 else ""
             return self.selection(0, f"{few} are no more than one block of {self.unit * self.width}")
+        if len(self.steps) == 1:
+            all_kept = f"min_kept {self.least} of {self.channels.total} leaves none that can go"
+            return self.selection(0, all_kept)
         return None
+
+    def goal(self, rule: Channels) -> float:
+        """Blocks of a group that the rule drops, if nothing stands against it."""
+        if rule.threshold is not None:
+            return int((self.losses <= rule.threshold).long().cumprod(1).sum(1).min())
+        # Without the margin 0.9 of ten blocks would be nine less a rounding error.
+        return rule.ratio * self.blocks + 1e-9
 
     def last(self, rule: Channels) -> str:
         """The note of a layer that keeps only what no layer may lose."""
-        return f"one block of {self.unit * self.width} is kept, more than ratio {rule.ratio:g} would leave"
+        what = f"one block of {self.unit * self.width} is"
+        if self.steps[-1] < self.blocks:
+            what = f"min_kept {self.least} channels are"
+        return f"{what} kept, more than {_say_amount(rule)} would leave"
+
+
+def _say_amount(rule: Channels) -> str:
+    return f"ratio {rule.ratio:g}" if rule.threshold is None else f"threshold {rule.threshold:g}"
 
 
 def _select_local(rule: Channels, ladder: _Ladder) -> Selection:
     if (whole := ladder.whole(rule)) is not None:
         return whole
-    # Without the margin 0.9 of ten blocks would be nine less a rounding error.
-    goal = rule.ratio * ladder.blocks + 1e-9
+    goal = ladder.goal(rule)
     fitting = [blocks for blocks in ladder.steps[:-1] if blocks <= goal]
     if not fitting:
-        return ladder.selection(
-            0, f"ratio {rule.ratio:g} of {ladder.blocks} blocks of {ladder.width} is none that can go"
-        )
-    is_least = fitting[-1] == ladder.blocks - ladder.unit and goal > fitting[-1] + 1e-6
+        words = f"of {ladder.blocks} blocks of {ladder.width} is none that can go"
+        return ladder.selection(0, f"{_say_amount(rule)} {words}")
+    is_least = fitting[-1] == ladder.steps[-2] and goal > fitting[-1] + 1e-6
     return ladder.selection(fitting[-1], ladder.last(rule) if is_least else "")
 
 
@@ -289,7 +318,7 @@ def _select_global(rule: Channels, ladders: Sequence[_Ladder]) -> list[Selection
     for _, negative, place, blocks in sorted(steps):
         number = -negative
         ladder = ladders[number]
-        size = ladder.dropped(blocks) - ladder.dropped(taken[number])
+        size = ladder.dropped[blocks] - ladder.dropped[taken[number]]
         # What one step passes over counts in the next of its set, which then does not fit either.
         if done + size > budget:
             continue

@@ -7,12 +7,17 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from sparseops.prune.channels import Channels
+from sparseops.prune.unstructured import Layers, Unstructured
 
-Treatment: TypeAlias = "Channels | str | None"
-"""What is done to a layer: channel pruning, "2:4", or None for nothing."""
+Treatment: TypeAlias = "Channels | Unstructured | Layers | str | None"
+"""What is done to a layer: a rule, a word of ``NAMED``, or None for nothing."""
 
-NAMED = ("2:4",)
-"""The treatments that are asked for by a word."""
+RULES = (Channels, Unstructured, Layers)
+"""The treatments that have settings."""
+
+NAMED = ("2:4", "2:4t")
+"""The treatments that are asked for by a word: of four neighbouring input channels two are zero; the same of
+output channels too, so that the weight is 2:4 transposed as well."""
 
 
 @dataclass(frozen=True, init=False, repr=False)
@@ -21,8 +26,10 @@ class Plan:
 
         Plan({"features.*": Channels(ratio=0.5), "head.*": "2:4", "*": None})
 
-    A pattern (fnmatch) names a layer or a module that it lies in, as in ``include`` and ``exclude``. None
-    leaves a layer dense, as does a plan without a pattern for it.
+    A pattern (fnmatch) names a layer or a module that it lies in, as in ``include`` and ``exclude``. A
+    treatment is a ``Channels``, an ``Unstructured``, a ``Layers``, "2:4", or "2:4t" (2:4 transposed as well);
+    None leaves a layer dense, as does a plan without a pattern for it. Layers whose equal rules have scope
+    "global" compete.
 
     rules: the pairs of pattern and treatment, in order.
 
@@ -43,10 +50,11 @@ class Plan:
         for pattern, treatment in rules.items():
             if not isinstance(pattern, str):
                 raise TypeError(f"Plan: rules must have name patterns as keys, got {pattern!r}")
-            if treatment is None or isinstance(treatment, Channels) or treatment in NAMED:
+            if treatment is None or isinstance(treatment, RULES) or treatment in NAMED:
                 continue
             error = ValueError if isinstance(treatment, str) else TypeError
-            raise error(f'Plan: rules[{pattern!r}] must be a Channels, "2:4" or None, got {treatment!r}')
+            words = ", ".join([rule.__name__ for rule in RULES] + [f'"{word}"' for word in NAMED])
+            raise error(f"Plan: rules[{pattern!r}] must be a {words} or None, got {treatment!r}")
         object.__setattr__(self, "rules", tuple(rules.items()))
 
     def __repr__(self) -> str:
