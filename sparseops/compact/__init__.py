@@ -85,7 +85,7 @@ def explain_compact(model: nn.Module) -> CompactReport:
     return report
 
 
-def meeting_layers(model: nn.Module, inputs: _measure.Inputs) -> list[list[str]]:
+def meeting_layers(model: nn.Module, inputs: _measure.Inputs, caller: str) -> list[list[str]]:
     """The names of layers whose outputs meet, channel by channel, in additions and the like, where these
     channels could be left out if none of the layers had them.
 
@@ -97,7 +97,7 @@ def meeting_layers(model: nn.Module, inputs: _measure.Inputs) -> list[list[str]]
         drawn = trace(masked, inputs.args, inputs.kwargs)
     except Untraceable as exc:
         raise ValueError(
-            "convert: pattern must be without together for a model whose graph cannot be drawn, "
+            f"{caller}: pattern must be without together for a model whose graph cannot be drawn, "
             f"got one ({exc})"
         ) from exc
     flow = Flow(drawn, RULES, *find_layers(model, _by_name(masked), drawn))

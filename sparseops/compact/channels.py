@@ -185,12 +185,23 @@ class Flow:
         """bool [C]: the channels that the tensor will have."""
         return self._exists[self._root[value.ids]]
 
+    def roots(self, value: Value) -> Tensor:
+        """int64 [C]: the class of each channel, which is the smallest number in it."""
+        return self._root[value.ids]
+
+    def demanded(self) -> dict[int, str]:
+        """The classes that have to exist whatever their layers are, and why."""
+        found: dict[int, str] = {}
+        for ids, reason in self._demands:
+            for root in self._root[ids].tolist():
+                found.setdefault(root, reason)
+        return found
+
     def classes(self, value: Value) -> tuple[int, ...] | None:
         """Which channels exist with each of these or not at all, as a number for each; None if one of them
         has to exist whatever its layer is."""
-        roots = self._root[value.ids].tolist()
-        demanded = {root for ids, _ in self._demands for root in self._root[ids].tolist()}
-        return None if demanded.intersection(roots) else tuple(roots)
+        roots = self.roots(value).tolist()
+        return None if self.demanded().keys() & set(roots) else tuple(roots)
 
     def why(self, value: Value, which: Tensor) -> list[str]:
         """Why these channels (bool [C]) of a tensor have to exist though it could do without."""

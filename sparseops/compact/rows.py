@@ -34,7 +34,7 @@ def layer_rows(
         cost = macs[0].get(name, 0), macs[1].get(name, 0) + macs[1].get(f"{name}.layer".lstrip("."), 0)
         cut = cuts.get(name)
         if cut is None:
-            reason = flow.fixed.get(name) or _barrier_of(flow, name)
+            reason = flow.fixed.get(name) or barrier_of(flow, name)
             row = LayerRow(name, _kind(module), Code.KEPT, (sizes[0],) * 2, (sizes[1],) * 2, cost, reason)
         else:
             inputs = sizes[0] if isinstance(module, (nn.Embedding, SparseEmbedding)) else cut.inputs
@@ -66,7 +66,8 @@ def _sizes(module: nn.Module) -> tuple[int, int] | None:
     return None
 
 
-def _barrier_of(flow: Flow, name: str) -> str:
+def barrier_of(flow: Flow, name: str) -> str:
+    """Why a layer that could be cut was not seen as one."""
     own = f"{name}: "
     found = (reason.removeprefix(own) for reason in flow.barriers.values() if reason.startswith(own))
     return next(found, "it is not called on the example")

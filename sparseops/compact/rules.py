@@ -154,9 +154,15 @@ def _as_it_was(flow: Flow, node: fx.Node) -> Value | None:
     source = flow.values.get(x)
     if source is None or not _is_floating(value) or value.ndim != len(shape_of(x) or ()):
         return flow.barrier(node)
-    if value.shape[source.axis] != len(source):
+    if value.shape[source.axis] != len(source) or source.axis >= value.ndim - _spatial(node):
         return flow.barrier(node)
     return Value(source.axis, source.ids, source.varying, source.constant)
+
+
+def _spatial(node: fx.Node) -> int:
+    """How many of the last dimensions an op like max_pool2d mixes."""
+    name = op_name(node)
+    return int(name[-2]) if name[-2:] in ("1d", "2d", "3d") else 0
 
 
 def _bordered(filling: Callable[[fx.Node], float | None]) -> Callable[[Flow, fx.Node], Value | None]:
