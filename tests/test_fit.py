@@ -288,6 +288,17 @@ def test_recalibration_comes_before_retraining():
     torch.testing.assert_close(recalibrated[1].running_mean, expected)
 
 
+def test_a_generator_of_batches_serves_every_round():
+    result = fit(
+        criterion="wanda",
+        calibration=(x for x in data()),
+        recalibrate=(x for x in data()),
+        max_drop=0.3,
+        rounds=3,
+    )
+    assert len(result.history) == 3
+
+
 def test_criteria_of_training_are_not_tried_before_it():
     stages = Recorder()
     result = fit(criterion="movement", callbacks=[stages], batches=data(6))

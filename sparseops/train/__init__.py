@@ -1,8 +1,8 @@
 """What is done to a model while it is trained: pruning, retraining, evaluating, and doing it again.
 
-``targets`` finds the weights that a plan prunes, ``calibration`` what criteria have to know of them, ``masks``
-which of their elements go, ``zeros`` keeps these zero, and ``pruner`` is all of it in step with training.
-``fit`` is the loop around it, ``auto`` the plan that nobody has to write.
+``targets`` finds the weights that a plan prunes, ``calibration`` what criteria have to know of them,
+``masks`` which of their elements go, ``zeros`` keeps these zero, and ``pruner`` is all of it in step with
+training. ``fit`` is the loop around it, ``auto`` the plan that nobody has to write.
 """
 
 from sparseops.train.auto import AutoPlan, auto_plan

@@ -79,3 +79,8 @@ def batches_for(model: nn.Module, given: Iterable[Any], *, caller: str, argument
         yield batch.to(*devices) if len(devices) == 1 else batch
     if empty:
         raise ValueError(f"{caller}: {argument} must hold at least one batch, got none")
+
+
+def lasting(batches: Iterable[Any] | None) -> Iterable[Any] | None:
+    """Batches that can be gone through again: those of a generator are read into memory."""
+    return list(batches) if isinstance(batches, Iterator) else batches

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from sparseops._replace import PLAN
 from sparseops.prune import Criterion, Plan, Treatment
+from sparseops.train.batches import lasting
 from sparseops.train.distill import Distiller
 from sparseops.train.loggers import Callback
 from sparseops.train.loop import PRECISIONS, Loop
@@ -157,8 +158,9 @@ def fit_sparse(  # noqa: PLR0913
             f"fit_sparse: steps must be given with schedule {schedule!r} and a loop of yours, got None"
         )
     options |= {"criterion": criterion, "schedule": schedule, "steps": known or 1}
-    options |= {"calibration": calibration, "loss": loss}
-    course = Course(model, plan, train, evaluate, loop, options, recalibrate, evaluate_every, callbacks)
+    options |= {"calibration": lasting(calibration), "loss": loss}
+    again = lasting(recalibrate)
+    course = Course(model, plan, train, evaluate, loop, options, again, evaluate_every, callbacks)
     said = {"plan": repr(plan), "rounds": rounds, "steps": known if loop is None else loop.steps}
     said |= {"criterion": str(criterion), "schedule": schedule, "max_drop": str(max_drop)}
     result = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from sparseops._select import last_layers, meeting
 from sparseops.prune import CRITERIA, Criterion, Plan, Treatment
 from sparseops.prune.criteria import check_criterion
 from sparseops.train import shards
-from sparseops.train.batches import batches_for
+from sparseops.train.batches import batches_for, lasting
 from sparseops.train.calibration import collect
 from sparseops.train.given import fixed_targets
 from sparseops.train.masks import Judgement, Masks, choose_masks
@@ -131,7 +131,7 @@ class Pruner:
         self.schedule, self.steps, self.every = schedule, steps, every
         self.training, self.decay, self.strength = training, decay, strength
         self.loss = loss
-        self._calibration = _lasting(calibration)
+        self._calibration = lasting(calibration)
         self._inputs = None if example_inputs is None else Inputs.of(example_inputs, "Pruner")
         self._given = given
         self._check_needs(targets)
@@ -421,10 +421,3 @@ def _energy_share(weight: Tensor, mask: Tensor) -> float:
     squares = weight.detach().double().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0).square()
     total = float(squares.sum())
     return float((squares * mask).sum()) / total if total else 1.0
-
-
-def _lasting(batches: Iterable[Any] | None) -> Iterable[Any] | None:
-    """Batches that can be gone through again."""
-    if isinstance(batches, Iterator):
-        return list(batches)
-    return batches
