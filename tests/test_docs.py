@@ -10,6 +10,7 @@ import torch
 
 from sparseops.formats import NM24
 from sparseops.formats.nm24 import NIBBLES, PITCH, packed_cols
+from sparseops.prune import CRITERIA
 
 TREE = Path(__file__).resolve().parent.parent
 PAGES = [
@@ -100,6 +101,21 @@ def test_formats_page_runs() -> None:
     assert len(blocks) == 6
     for block in blocks:
         exec(compile(block, "docs/formats.md", "exec"), names)
+
+
+def test_pruning_page_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    torch.manual_seed(0)
+    names: dict[str, object] = {}
+    blocks = re.findall(r"^```python\n(.*?)^```", _text("docs/pruning.md"), re.MULTILINE | re.DOTALL)
+    assert len(blocks) == 3
+    for block in blocks:
+        exec(compile(block, "docs/pruning.md", "exec"), names)
+    assert "weights pruned by l1" in capsys.readouterr().out
+
+
+def test_pruning_page_lists_every_criterion() -> None:
+    listed = re.findall(r"^\| `(\w+)` \|", _text("docs/pruning.md"), re.MULTILINE)
+    assert sorted(listed) == sorted(CRITERIA)
 
 
 def test_formats_page_lists_the_nibbles() -> None:

