@@ -184,8 +184,8 @@ def test_only_a_pruner_makes_24t(pattern):
         layer.weight_hh_l0[:3, 1:4] = 0.0
     before = state(layer)
     message = (
-        r'^convert: pattern must be "2:4" with prune="magnitude" \("2:4t" masks come from sparseops.Pruner\), '
-        r'got "2:4t"$'
+        r'^convert: pattern must be "2:4" with prune="magnitude" \("2:4t" masks come from sparseops.Pruner\)'
+        r', got "2:4t"$'
     )
     with pytest.raises(ValueError, match=message):
         sparseops.convert(layer, pattern)

@@ -366,6 +366,11 @@ def test_a_share_is_kept_whatever_the_ratio(scope, kept):
     assert torch.equal(mask, loops_unstructured([scores], rule)[0])
 
 
+def test_share_that_rounds_above_a_whole_number():
+    assert 0.07 * 100 > 7
+    assert keep_unstructured([torch.rand(10, 10)], Unstructured(0.99, min_kept=0.07))[0].sum() == 7
+
+
 def test_global_scope_spares_a_share_of_each_tensor():
     weak, strong = torch.rand(10, 10), 1 + torch.rand(10, 30)
     counts = [

@@ -334,6 +334,46 @@ def test_channels_of_global_scope_and_other_criteria_convert():
     torch.testing.assert_close(sparse(x), model(x), rtol=1e-4, atol=1e-5)
 
 
+def test_24_of_what_channels_leave_comes_last():
+    model = Net()
+    pruner = Pruner(model, Plan({"fc1": Channels(ratio=0.5, then="2:4")}), schedule="linear", steps=4)
+    shares = []
+    for _ in range(4):
+        train(model, pruner, OPTIMIZERS["sgd"](model.parameters()), 1)
+        shares.append(pruner.sparsity)
+    assert shares == [0.0, 0.25, 0.25, 0.75]
+
+
+def test_24_is_of_the_inputs_that_are_kept():
+    torch.manual_seed(0)
+    model = nn.Linear(64, 16)
+    rule = Channels(ratio=0.5, side="inputs", block=1, then="2:4", keep_last=False)
+    mask = Pruner(model, rule).masks["weight"]
+    kept = mask.any(0)
+    assert int(kept.sum()) == 32 and mask[:, kept].view(16, 8, 4).sum(2).eq(2).all()
+    assert not mask.view(16, 16, 4).sum(2).le(2).all()
+
+
+def test_the_criterion_of_a_rule_counts_for_its_layers():
+    mixed = Plan({"fc1": Unstructured(criterion="random"), "fc2": Unstructured()})
+    masks = Pruner(Net(), mixed, criterion="l1").masks
+    for criterion, name in (("random", "fc1.weight"), ("l1", "fc2.weight")):
+        assert torch.equal(masks[name], Pruner(Net(), Unstructured(), criterion=criterion).masks[name])
+    assert not torch.equal(masks["fc1.weight"], Pruner(Net(), Unstructured()).masks["fc1.weight"])
+
+
+def test_inputs_of_convolution_groups():
+    torch.manual_seed(0)
+    model = nn.Conv2d(32, 8, 3, groups=2)
+    with torch.no_grad():
+        model.weight[:4, 8:] *= 0.1
+        model.weight[4:, :8] *= 0.1
+    pruner = Pruner(model, Channels(ratio=0.5, side="inputs", keep_last=False))
+    read = pruner.masks["weight"].view(2, 4, 16, 9).any(3)
+    kept = torch.arange(16) < 8
+    assert torch.equal(read, torch.stack([kept, ~kept]).unsqueeze(1).expand(2, 4, 16))
+
+
 def test_finalize_before_the_end_says_so():
     model = Net()
     pruner = Pruner(model, "2:4", schedule="linear", steps=10)

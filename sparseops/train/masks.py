@@ -82,16 +82,19 @@ def _scores(target: Target, judgement: Judgement) -> Tensor:
     scores = score_weights(
         target.logical(judgement.weights[target.name]),
         judgement.criterion_of(target),
-        _seen(target, judgement, logical=True),
+        {
+            key: target.logical(t) if isinstance(t, Tensor) else t
+            for key, t in _seen(target, judgement).items()
+        },
     )
     before = judgement.masks.get(target.name)
     return scores if before is None else scores.masked_fill(~target.logical(before), -torch.inf)
 
 
-def _seen(target: Target, judgement: Judgement, logical: bool) -> dict[str, Any]:
+def _seen(target: Target, judgement: Judgement) -> dict[str, Any]:
+    """The evidence for scores, and the seed of those at random."""
     known = judgement.evidence.get(target.name, {})
-    seen = {key: target.logical(t) if logical else t for key, t in known.items() if key != "hessian"}
-    return {**seen, "seed": target.seed}
+    return {**{key: t for key, t in known.items() if key != "hessian"}, "seed": target.seed}
 
 
 def _sparsegpt(target: Target, judgement: Judgement, level: float) -> tuple[Tensor, Tensor]:
@@ -123,7 +126,7 @@ def _channel_masks(targets: list[Target], judgement: Judgement, level: float) ->
         layers[key] = replace(its[0].layer, treatment=rules[key])
         stands[key] = Stand(
             {t.parameter: judgement.weights[t.name] for t in its},
-            {t.parameter: _masked(t, judgement) for t in its},
+            {t.parameter: _seen(t, judgement) for t in its},
         )
     choices = choose(layers, judgement.last, judgement.meets, stands, level)
     masks: Masks = {}
@@ -135,15 +138,6 @@ def _channel_masks(targets: list[Target], judgement: Judgement, level: float) ->
             mask = _mask_of(target, choice)
             masks[target.name] = _then_24(target, mask, judgement) if halved else mask
     return masks
-
-
-def _masked(target: Target, judgement: Judgement) -> dict[str, Any]:
-    """Evidence in which nothing is known of weights that are dropped already, so that they stay dropped."""
-    seen = _seen(target, judgement, logical=False)
-    before = judgement.masks.get(target.name)
-    if before is None:
-        return seen
-    return {key: t * before if isinstance(t, Tensor) else t for key, t in seen.items()}
 
 
 def _mask_of(target: Target, choice: Choice) -> Tensor:
@@ -186,7 +180,7 @@ def _has(kept: Tensor, total: int) -> Tensor:
 def _then_24(target: Target, mask: Tensor, judgement: Judgement) -> Tensor:
     """The mask with 2:4 in what is left: the groups of four are of kept inputs."""
     left = target.logical(mask)
-    scores = _scores(target, judgement).masked_fill(~left, -torch.inf)
+    scores = _scores(target, judgement)
     found = left.clone()
     for rows in torch.arange(left.shape[0]).chunk(target.groups):
         group = slice(int(rows[0]), int(rows[-1]) + 1)
