@@ -93,6 +93,12 @@ BARRIERS = {
         "(batch_norm)",
         "batch_norm takes the statistics of the batch",
     ),
+    "pooling over channels": (
+        lambda net, x: nn.functional.max_pool1d(x, 3, 1, 1),
+        {},
+        "(max_pool1d)",
+        "max_pool1d reads every channel",
+    ),
     "integers": (lambda net, x: (x * 8).to(torch.int32).double(), {}, "(to)", "to reads every channel"),
 }
 

@@ -20,9 +20,14 @@ PAGES = [
     *(str(p.relative_to(TREE)) for p in (TREE / "docs").rglob("*.md")),
 ]
 VARIABLE = re.compile(r"[A-Z][A-Z0-9_]+[A-Z0-9]")
-READERS = ("sparseops/env.py", "build_backend/toolchain.py", "build_backend/ninja_file.py")
+READERS = (
+    "sparseops/env.py",
+    "build_backend/toolchain.py",
+    "build_backend/ninja_file.py",
+    "examples/support/packages.py",
+)
 """The modules that say which variables are read."""
-NOT_READ = {"PATH", "OMP_NUM_THREADS", "EMU_CAPABILITY"}
+NOT_READ = {"PATH", "OMP_NUM_THREADS", "EMU_CAPABILITY", "XDG_CACHE_HOME"}
 """Named by these modules or in docs/env.md, and read by others."""
 
 
@@ -36,6 +41,7 @@ def _code() -> dict[Path, str]:
         ("sparseops", "*.py"),
         ("build_backend", "*.py"),
         ("benchmarks", "*.py"),
+        ("examples", "*.py"),
         ("csrc", "*.*"),
     ):
         files += (TREE / folder).rglob(pattern)

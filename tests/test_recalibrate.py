@@ -114,6 +114,17 @@ def test_training_modes_come_back():
     assert not model[1]._forward_pre_hooks
 
 
+def test_dropout_is_off_and_batches_stay_what_they_are():
+    model, data = (
+        nn.Sequential(nn.ReLU(inplace=True), nn.Dropout(0.5), nn.BatchNorm1d(4)).double(),
+        batches(4),
+    )
+    given = [x.clone() for x in data]
+    recalibrate(model, data)
+    assert_statistics(model[2], [x.relu() for x in given])
+    assert all(torch.equal(x, y) for x, y in zip(data, given, strict=True))
+
+
 class Branches(nn.Module):
     def __init__(self):
         super().__init__()
