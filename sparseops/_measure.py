@@ -347,8 +347,8 @@ _shown: ContextVar[bool] = ContextVar("_shown", default=False)
 
 @contextmanager
 def progress(description: str, total: int | None) -> Iterator[Callable[[], None]]:
-    """A progress bar on standard error when that is a terminal; yields what moves it on by one. Of a bar within
-    another one nothing is shown."""
+    """A progress bar on standard error when that is a terminal; yields what moves it on by one. Of a bar
+    within another one nothing is shown."""
     if not sys.stderr.isatty() or _shown.get():
         yield lambda: None
         return

@@ -141,6 +141,10 @@ def test_average_of_the_weights_follows():
         ValueError, match=r"follow: model must have a parameter conv1.weight of shape \(32, 3"
     ):
         pruner.follow(nn.Linear(2, 2))
+    wider = Net()
+    wider.fc2 = nn.Linear(64, 10)
+    with pytest.raises(ValueError, match=r"a parameter fc2.weight of shape \(10, 32\), got a Net without"):
+        pruner.follow(wider)
 
 
 @every_plan

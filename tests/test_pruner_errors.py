@@ -48,7 +48,7 @@ BAD = {
     "criterion_of_weights": (
         {"plan": Channels(), "criterion": "sparsegpt", "calibration": [X]},
         ValueError,
-        'criterion "sparsegpt" scores single weights only',
+        'plan must be "2:4", or Unstructured .* got Channels',
     ),
     "gradient_without_data": (
         {"criterion": "gradient"},
@@ -93,10 +93,20 @@ BAD = {
     "training": ({"training": "soft"}, ValueError, 'training must be one of "fixed", "straight-through"'),
     "decay": ({"decay": 1.0}, ValueError, r"decay must be in \[0, 1\), got 1.0"),
     "together": ({"plan": Channels(together=True)}, ValueError, "example_inputs must be given with Channels"),
-    "sparsegpt_by_and_by": (
+    "sparsegpt_of_another_pattern": (
         {"plan": "2:4t", "criterion": "sparsegpt", "calibration": [X]},
         ValueError,
-        'plan must be "2:4" at once, or Unstructured',
+        'plan must be "2:4", or Unstructured with a ratio and scope "local", .* got \'2:4t\'',
+    ),
+    "sparsegpt_over_all": (
+        {"plan": Unstructured(scope="global"), "criterion": "sparsegpt", "calibration": [X]},
+        ValueError,
+        "plan must be .* got Unstructured",
+    ),
+    "sparsegpt_by_and_by": (
+        {"criterion": "sparsegpt", "calibration": [X], "schedule": "linear"},
+        ValueError,
+        'schedule must be "oneshot" with criterion "sparsegpt", got \'linear\'',
     ),
 }
 

@@ -31,7 +31,8 @@ from sparseops.prune import is_24_transposable
 def test_finalized_model_converts_as_it_is(plan):
     model = Net().eval()
     state = model.state_dict().keys()
-    pruned = Pruner(model, plan).finalize()
+    pruner = Pruner(model, plan)
+    pruned = pruner.finalize()
     assert pruned is model and model.state_dict().keys() == state and type(model) is Net
     assert all(not p._post_accumulate_grad_hooks for p in model.parameters())
     with warnings.catch_warnings():
@@ -150,6 +151,7 @@ def test_what_convert_cannot_use_is_left_unless_it_is_named():
     report = Pruner(copy.deepcopy(model), "2:4").report()
     assert [row.name for row in report.pruned] == ["2.weight"]
     assert report["1"].reason.startswith("convert could not make it sparse: there is no sparse module")
+    assert len(Pruner(copy.deepcopy(model), Plan({"*": "2:4"})).masks) == 1
     pruner = Pruner(model, Plan({"1": "2:4", "*": None}))
     assert "convert will leave it dense" in pruner.report()["1.weight"].reason
     # its input channels lie along the first dimension
@@ -194,6 +196,28 @@ def test_calibrated_criteria_and_the_last_layer():
     model = Net()
     pruner = Pruner(model, Plan({"conv1": Channels(criterion="bn")}), calibration=[X])
     assert int(pruner.masks["conv1.weight"].flatten(1).any(1).sum()) == 16
+
+
+def test_columns_of_an_embedding():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(50, 64), nn.Linear(64, 64))
+    with torch.no_grad():
+        model[0].weight[:, 16:40] *= 0.1
+    pruner = Pruner(model, Plan({"0": Channels(ratio=0.375)}))
+    kept = torch.ones(64, dtype=torch.bool)
+    kept[16:40] = False
+    assert torch.equal(pruner.masks["0.weight"], kept.expand(50, 64))
+    sparse = convert(pruner.finalize(), prune=None)
+    x = torch.arange(50)
+    torch.testing.assert_close(sparse(x), model(x))
+
+
+def test_sparsegpt_of_single_weights():
+    model = Net()
+    rule = Unstructured(ratio=0.6, criterion="sparsegpt")
+    pruner = Pruner(model, Plan({"fc1": rule, "conv2": rule}), calibration=[X])
+    assert pruner.sparsity == pytest.approx(0.6, abs=0.01)
+    assert_zeros(model, pruner)
 
 
 def test_frozen_weights_are_pruned_and_said():

@@ -63,7 +63,7 @@ def choose_masks(targets: Iterable[Target], judgement: Judgement, level: float) 
             continue
         if judgement.criterion_of(pool[0]) == "sparsegpt":
             for target in pool:
-                updated[target.name], masks[target.name] = _sparsegpt(target, judgement, level)
+                updated[target.name], masks[target.name] = _sparsegpt(target, judgement)
             continue
         scores = [_scores(target, judgement) for target in pool]
         if isinstance(rule, Unstructured):
@@ -97,15 +97,10 @@ def _seen(target: Target, judgement: Judgement) -> dict[str, Any]:
     return {**{key: t for key, t in known.items() if key != "hessian"}, "seed": target.seed}
 
 
-def _sparsegpt(target: Target, judgement: Judgement, level: float) -> tuple[Tensor, Tensor]:
+def _sparsegpt(target: Target, judgement: Judgement) -> tuple[Tensor, Tensor]:
     rule: Any = target.layer.treatment
-    if isinstance(rule, Unstructured) and rule.scope == "local" and rule.threshold is None:
-        rule = rule.ratio * level
-    elif rule != "2:4" or level < 1.0:
-        raise ValueError(
-            'Pruner: plan must be "2:4" at once, or Unstructured(ratio) of scope "local", with criterion '
-            f'"sparsegpt", got {rule!r} at level {level:g}'
-        )
+    if isinstance(rule, Unstructured):
+        rule = rule.ratio
     weight = target.logical(judgement.weights[target.name])
     found, mask = sparsegpt(weight, judgement.evidence[target.name]["hessian"], rule)
     return target.physical(found), target.physical(mask)

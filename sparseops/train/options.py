@@ -47,3 +47,15 @@ def check_options(
         raise ValueError(f"Pruner: strength must be in (0, 1], got {strength}")
     if not 0 <= decay < 1:
         raise ValueError(f"Pruner: decay must be in [0, 1), got {decay}")
+
+
+def check_sparsegpt(rule: Any, schedule: str) -> None:
+    """Raises ValueError for what SparseGPT, which changes weights as it drops others, cannot do."""
+    if schedule != "oneshot":
+        raise ValueError(f'Pruner: schedule must be "oneshot" with criterion "sparsegpt", got {schedule!r}')
+    is_ratio = isinstance(rule, Unstructured) and rule.scope == "local" and rule.threshold is None
+    if rule != "2:4" and not is_ratio:
+        raise ValueError(
+            'Pruner: plan must be "2:4", or Unstructured with a ratio and scope "local", with criterion '
+            f'"sparsegpt", got {rule!r}'
+        )

@@ -23,7 +23,7 @@ def best_order(weight: Tensor, *, deadline: float | None = None) -> Tensor:
 
     Pool and Yu 2021, "Channel permutations for N:M sparsity": columns of different groups of four are swapped
     where that gains most squared magnitude, until no swap gains any. Then a few columns are rotated at random
-    among groups and the swaps begin again, which is kept if it leads further. Swaps in a round touch
+    among groups and the swaps begin again, and the best order of all counts. Swaps in a round touch
     different groups, so their gains add up, and each is computed over all rows before it is made. The answer
     is never worse than the identity, which it is where nothing gains, and the same each time.
 
@@ -45,8 +45,6 @@ def best_order(weight: Tensor, *, deadline: float | None = None) -> Tensor:
         search.climb(deadline)
         if search.kept.sum() > kept * (1 + 1e-9):
             best, kept = search.order.clone(), search.kept.sum()
-        else:
-            search.place(best)
     return best[: weight.shape[0]].cpu()
 
 

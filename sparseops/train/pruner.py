@@ -21,7 +21,7 @@ from sparseops.train.batches import batches_for, lasting
 from sparseops.train.calibration import collect
 from sparseops.train.given import fixed_targets
 from sparseops.train.masks import Judgement, Masks, choose_masks
-from sparseops.train.options import SCHEDULES, check_options, check_plan
+from sparseops.train.options import SCHEDULES, check_options, check_plan, check_sparsegpt
 from sparseops.train.record import recorded_plan
 from sparseops.train.report import PruneReport, PruneRow
 from sparseops.train.strength import weaken
@@ -135,6 +135,9 @@ class Pruner:
         self._inputs = None if example_inputs is None else Inputs.of(example_inputs, "Pruner")
         self._given = given
         self._check_needs(targets)
+        for target in targets:
+            if "hessian" in self._needs(target):
+                check_sparsegpt(target.layer.treatment, schedule)
         self.count, self.level = 0, 0.0
         self._targets, self._left = targets, left
         self._energy = {target.name: 1.0 for target in targets}
