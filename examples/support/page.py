@@ -1,4 +1,4 @@
-"""docs/results.md from what the examples wrote: ``PYTHONPATH=examples python -m support.page`` rewrites it."""
+"""docs/results.md from what the examples wrote: ``PYTHONPATH=examples python -m support.page`` renews it."""
 
 from __future__ import annotations
 
