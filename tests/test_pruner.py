@@ -225,10 +225,24 @@ def test_straight_through_is_the_dense_weight_moved_by_the_gradient_of_the_maske
     torch.testing.assert_close(layer.weight.double(), dense * mask, rtol=1e-4, atol=1e-5)
 
 
-def test_movement_learns_from_training():
+def test_straight_through_gives_back_what_it_holds():
+    layer = nn.Linear(32, 8)
+    dense = layer.weight.detach().clone()
+    pruner = Pruner(layer, Unstructured(ratio=0.5), training="straight-through")
+    pruner.prune(0.5)
+    assert pruner.sparsity == 0.25
+    assert torch.equal(layer.weight.detach(), dense * pruner.masks["weight"])
+
+
+@pytest.mark.parametrize(
+    "calibration", [None, [(torch.ones(1, 32), torch.ones(1, 8))]], ids=["alone", "with"]
+)
+def test_movement_learns_from_training(calibration):
     torch.manual_seed(0)
     layer = nn.Linear(32, 8, bias=False)
-    pruner = Pruner(layer, Unstructured(ratio=0.5), criterion="movement", schedule="linear", steps=3, every=3)
+    options = {"criterion": "movement", "schedule": "linear", "steps": 3, "every": 3}
+    options |= {"calibration": calibration, "loss": F.mse_loss}
+    pruner = Pruner(layer, Unstructured(ratio=0.5), **options)
     optimizer = torch.optim.SGD(layer.parameters(), 0.1)
     x, y = torch.randn(5, 32), torch.randn(5, 8)
     moved = torch.zeros(8, 32)

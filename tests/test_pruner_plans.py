@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from pruner_net import (
+    EVERY_PLAN,
     OPTIMIZERS,
     PLAN,
     Net,
@@ -62,6 +63,26 @@ def test_channels_of_global_scope_and_other_criteria_convert():
     torch.testing.assert_close(sparse(x), model(x), rtol=1e-4, atol=1e-5)
 
 
+def test_24_of_what_channels_leave_is_packed():
+    sparse = convert(Pruner(Net(), EVERY_PLAN["channels_24"]).finalize(), prune=None)
+    assert sparse.fc1.format == "channel" and sparse.fc1.meta is not None
+
+
+@pytest.mark.parametrize("model", [nn.Linear(64, 32), nn.LSTM(64, 32)], ids=["linear", "lstm"])
+def test_inputs_alone(model):
+    pruner = Pruner(model, Channels(ratio=0.5, side="inputs"))
+    sparse = convert(pruner.finalize(), prune=None)
+    assert sparse.format == "channel"
+
+
+def test_the_last_layer_is_not_the_last_that_is_pruned():
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    kept = Pruner(model, Plan({"0": None, "1": Channels()})).masks["1.weight"]
+    assert kept.all()
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    assert not Pruner(model, Plan({"0": Channels(), "*": None})).masks["0.weight"].all()
+
+
 def test_24_of_what_channels_leave_comes_last():
     model = Net()
     pruner = Pruner(model, Plan({"fc1": Channels(ratio=0.5, then="2:4")}), schedule="linear", steps=4)
@@ -112,16 +133,23 @@ def test_strength_is_a_share_of_the_plan():
     pruner = Pruner(model, "2:4", strength=0.75)
     assert set(pruner.masks) == {"0.weight", "1.weight", "2.weight"}
     assert "strength is 0.75" in pruner.report()["3"].reason
+    layer = nn.Linear(100, 1)
+    with torch.no_grad():
+        layer.weight.copy_(torch.arange(1, 101) / 100)
+    assert Pruner(layer, Unstructured(threshold=0.8), strength=0.5).sparsity == 0.4
 
 
 def test_given_masks_are_kept():
     model = Net()
     masks = {"fc1.weight": torch.rand(32, 32 * 36) > 0.3, "conv2.weight": torch.rand(32, 16, 3, 3) > 0.5}
+    masks["fc1.bias"] = torch.rand(32) > 0.5
     pruner = Pruner(model, masks)
     assert_equal(pruner.masks, masks)
     train(model, pruner, OPTIMIZERS["sgd"](model.parameters()), 3)
     assert_zeros(model, pruner)
     assert pruner.report()["fc1.weight"].pattern == "given"
+    pruner.finalize()
+    assert {row.format for row in explain(model)} == {""}
     for bad, error, words in (
         ({}, ValueError, "must hold at least one mask"),
         ({"nobody.weight": masks["fc1.weight"]}, ValueError, "got 'nobody.weight'"),
@@ -236,6 +264,11 @@ def test_report(tmp_path):
     text = str(report)
     for words in ("4 weights pruned by l1", "Channels(ratio=0.25)", "conv2.weight", "2:4t", "50.0%"):
         assert words in text
+    by_and_by = Pruner(Net(), PLAN, schedule="linear", steps=9)
+    for level in (0.3, 0.6, 1.0):
+        by_and_by.prune(level)
+    for row in by_and_by.report().pruned:
+        assert row.energy_kept == pytest.approx(report[row.name].energy_kept)
     assert 0.4 < report["fc2.weight"].energy_kept < 1 and report["fc2.weight"].dropped == pytest.approx(0.7)
     report.plot(tmp_path / "report.png")
     assert (tmp_path / "report.png").stat().st_size > 1000

@@ -20,7 +20,7 @@ def weaken(targets: list[Target], strength: float, judgement: Judgement) -> tupl
     whole = [target for target in targets if isinstance(target.layer.treatment, str)]
     losses = _losses(whole, judgement)
     order = sorted(losses, key=losses.__getitem__)
-    taken = set(order[: int(strength * len(order) + 1e-9)])
+    taken = set(order[: int(strength * len(order))])
     kept: list[Target] = []
     left: dict[str, Left] = {}
     for target in targets:
