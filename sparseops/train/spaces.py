@@ -6,7 +6,6 @@ few ops more, in which all channels may be mixed as long as their order does not
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -46,8 +45,7 @@ class Spaces:
     def __init__(self, model: nn.Module, twin: nn.Module, drawn: Trace) -> None:
         """twin: the model that was drawn, without sparse layers."""
         self._modules = dict(model.named_modules(remove_duplicate=False))
-        self._tensors = tensors_of(model)
-        self._holders = Counter(map(id, self._tensors.values()))
+        self._tensors = tensors_of(model).keys()
         layers, fixed = find_layers(model, dict(twin.named_modules(remove_duplicate=False)), drawn)
         sparse = [name for name, layer in layers.items() if isinstance(layer.given, SparseModule)]
         for name in sparse:
@@ -129,10 +127,10 @@ class Spaces:
         return target
 
     def _adopt(self, flow: Flow, node: fx.Node, axis: int, ids: Tensor) -> bool:
-        """Whether the channels of one of the model's own tensors are now these, along ``axis``."""
-        name = flow.trace.names.get(node)
-        given = self._tensors.get(name) if name is not None else None
-        if name is None or given is None or self._holders[id(given)] > 1:
+        """Whether the channels of one of the model's own tensors are now these, along ``axis``. One that is
+        read elsewhere too, perhaps by another name, has them not."""
+        name = flow.trace.names.get(node, "")
+        if name not in self._tensors:
             return False
         owner = self._modules[name.rpartition(".")[0]]
         if any(getattr(owner, hooks, None) for hooks in HOOKS) or len(node.users) > 1:
