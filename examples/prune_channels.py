@@ -18,25 +18,11 @@ import torch
 import torch.nn.functional as F
 from rich.console import Console
 from rich.progress import track
+from support import data
 from torch import Tensor, nn
 
 from sparseops import Channels, Plan, SparseConv2d, compact, convert, demo, explain, explain_compact
 
-# scikit-image's, beside those of the demo
-TRAINING = (
-    "motorcycle_left.png",
-    "ihc.png",
-    "camera.png",
-    "coins.png",
-    "retina.jpg",
-    "hubble_deep_field.jpg",
-    "brick.png",
-    "grass.png",
-    "gravel.png",
-    "moon.png",
-    "page.png",
-    "text.png",
-)
 CROP, BATCH = 128, 2
 
 
@@ -102,8 +88,7 @@ def crops(photos: Sequence[Tensor], generator: torch.Generator) -> Tensor:
 
 def retrain(student: nn.Module, teacher: demo.HED, kept: Sequence[Tensor], steps: int, size: int) -> None:
     """Adam towards the teacher's edges at every scale, and its activations in the channels that are kept."""
-    folder = demo.photo_files(1)[0].parent
-    photos = [demo.network_input(demo.load_photo(folder / name, max(size, CROP))) for name in TRAINING]
+    photos, _ = data.photos(max(size, CROP), 1)
     generator = torch.Generator().manual_seed(0)
     optimizer = torch.optim.Adam(student.parameters(), lr=1e-4)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, steps))

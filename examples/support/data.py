@@ -17,9 +17,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sparseops import demo
 from support.packages import NIFTI, VOWELS, WIDEDEEP, fashion_files, needed, package_file
 
 SAMPLE_RATE, FRAME = 16000, 1024  # of tones: samples a second, samples of one example
+# scikit-image's pictures, beside the four that are judged
+PHOTOS = (
+    "motorcycle_left.png",
+    "ihc.png",
+    "camera.png",
+    "coins.png",
+    "retina.jpg",
+    "hubble_deep_field.jpg",
+    "brick.png",
+    "grass.png",
+    "gravel.png",
+    "moon.png",
+    "page.png",
+    "text.png",
+)
 
 
 @dataclass(frozen=True)
@@ -79,6 +95,21 @@ def _digits() -> Split:
 
 def _normalised(pixels: Tensor, mean: float, deviation: float) -> Tensor:
     return (pixels.unsqueeze(1).float() / 255 - mean) / deviation
+
+
+def photos(size: int, count: int) -> tuple[list[Tensor], list[Tensor]]:
+    """Twelve pictures to learn from, and ``count``, up to four, to judge by: the squares in the middle of
+    scikit-image's photographs, as HED takes them, each [1, 3, size, size].
+
+    Raises:
+        sparseops.demo.DemoError: scikit-image or pillow is missing.
+    """
+    judged = demo.photo_files(count)
+    learned = [judged[0].parent / name for name in PHOTOS]
+    first, second = (
+        [demo.network_input(demo.load_photo(file, size)) for file in files] for files in (learned, judged)
+    )
+    return first, second
 
 
 def turned(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:

@@ -18,12 +18,14 @@ def tables(folder: Path = FOLDER) -> str:
     sections = []
     for file in sorted(folder.glob("*.json")):
         found = json.loads(file.read_text())
+        metrics = [found["metric"], *found["rows"][0]["others"]]
+        columns = " | ".join(("network", *metrics, "non-zero", "MB", "ms per batch"))
         script = f"examples/{file.stem}.py"
         sections.append(
             f"### {found['title']}\n\n"
             f"[{script}](../{script}); seed {found['seed']}; {found['machine']}, {found['threads']} threads; "
             f"torch {found['torch']}; commit `{found['commit']}`; {found['date']}.\n\n"
-            f"| network | {found['metric']} | non-zero | MB | ms per batch |\n|---|---:|---:|---:|---:|\n"
+            f"| {columns} |\n|---|{'---:|' * (len(metrics) + 3)}\n"
             + "".join(f"| {' | '.join(_cells(row))} |\n" for row in found["rows"])
         )
     return "\n".join(sections)
@@ -32,7 +34,7 @@ def tables(folder: Path = FOLDER) -> str:
 def _cells(row: dict[str, Any]) -> Iterable[str]:
     return (
         row["name"],
-        f"{row['value']:.4g}",
+        *(f"{value:.4g}" for value in (row["value"], *row["others"].values())),
         f"{100 * row['kept']:.1f}%",
         f"{row['size'] / 1e6:.2f}",
         f"{row['ms']:.2f}",

@@ -8,7 +8,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +27,15 @@ MIN_ROUNDS = 5
 @dataclass
 class Row:
     """One network. value: of the metric. kept: its non-zero parameters, as a share of the dense network's.
-    size: bytes of its parameters and buffers. ms: median time of the example batch."""
+    size: bytes of its parameters and buffers. ms: median time of the example batch. others:
+    further metrics, by name."""
 
     name: str
     value: float
     kept: float
     size: int
     ms: float = 0.0
+    others: dict[str, float] = field(default_factory=dict)
 
 
 class Results:
@@ -48,12 +50,12 @@ class Results:
         self._models: list[nn.Module] = []
         self._dense = 0
 
-    def add(self, name: str, value: float, model: nn.Module) -> None:
+    def add(self, name: str, value: float, model: nn.Module, **others: float) -> None:
         """A row: what the network scored, and the network as it is shipped, which is timed at the end; so
-        hand over a copy of one that is trained on."""
+        hand over a copy of one that is trained on. others: further metrics, the same in each row."""
         weights = nonzero(model)
         self._dense = self._dense or sum(p.numel() for p in model.parameters())
-        self.rows.append(Row(name, value, weights / self._dense, stored(model)))
+        self.rows.append(Row(name, value, weights / self._dense, stored(model), others=others))
         self._models.append(model.eval())
 
     def time(self, seconds: float) -> None:
@@ -64,11 +66,14 @@ class Results:
     def print(self) -> None:
         table = Table(title=f"{self.title} (threads: {torch.get_num_threads()})", title_justify="left")
         table.add_column("network")
-        for column in (self.metric, "non-zero", "MB", "ms per batch"):
+        others = self.rows[0].others if self.rows else ()
+        for column in (self.metric, *others, "non-zero", "MB", "ms per batch"):
             table.add_column(column, justify="right")
         for row in self.rows:
-            cells = (f"{row.value:.4g}", f"{100 * row.kept:.1f}%", f"{row.size / 1e6:.2f}", f"{row.ms:.2f}")
-            table.add_row(row.name, *cells)
+            metrics = (f"{value:.4g}" for value in (row.value, *row.others.values()))
+            table.add_row(
+                row.name, *metrics, f"{100 * row.kept:.1f}%", f"{row.size / 1e6:.2f}", f"{row.ms:.2f}"
+            )
         (Console() if sys.stdout.isatty() else Console(width=110)).print(table)
 
     def write(self, file: Path, seed: int) -> None:
@@ -114,18 +119,25 @@ def provenance() -> dict[str, str]:
 
 
 def run(
-    example: Callable[[argparse.Namespace], Results], text: str, argv: Sequence[str] | None
+    example: Callable[[argparse.Namespace], Results],
+    text: str,
+    argv: Sequence[str] | None,
+    **files: str,
 ) -> dict[str, float]:
-    """Parses the command line, runs the example, prints its table, and returns the metric by row.
+    """Parses the command line, runs the example, prints its table, and returns the metric by row, and others
+    by "row, metric".
 
-    example: is given the options ``quick`` and ``seed``. text: of ``--help``. Exits with the cure where a
-    package, a file or the network is missing.
+    example: is given the options ``quick`` and ``seed``. text: of ``--help``. files: further options, which
+    name a file or are None, and the help of each. Exits with the cure where a package, a file or the network
+    is missing.
     """
     parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="less data, few steps: to see it run")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, help="torch's own number otherwise")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the table there, too")
+    for name, use in files.items():
+        parser.add_argument(f"--{name}", type=Path, metavar="FILE", help=use)
     options = parser.parse_args(argv)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
@@ -138,4 +150,8 @@ def run(
     results.print()
     if options.json is not None:
         results.write(options.json, options.seed)
-    return {row.name: row.value for row in results.rows}
+    found = {}
+    for row in results.rows:
+        found[row.name] = row.value
+        found |= {f"{row.name}, {name}": value for name, value in row.others.items()}
+    return found
