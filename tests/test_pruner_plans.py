@@ -165,6 +165,12 @@ def test_given_masks_are_kept():
             Pruner(Net(), bad)
 
 
+def test_given_masks_that_are_24_are_converted():
+    masks = {"0.bias": torch.rand(32) > 0.5, "0.weight": (torch.arange(64) % 4 < 2).expand(32, 64)}
+    model = Pruner(nn.Sequential(nn.Linear(64, 32)), masks).finalize()
+    assert convert(model, prune=None)[0].format == "nm24"
+
+
 def test_layers_go_whole():
     model = nn.Sequential(*(nn.Linear(16, 16) for _ in range(4)))
     with torch.no_grad():

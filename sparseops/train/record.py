@@ -38,8 +38,8 @@ def _pattern_of(targets: list[Target], masks: Mapping[str, Tensor]) -> Treatment
 
 def _has_zero_channels(targets: list[Target], views: list[Tensor]) -> bool:
     if isinstance(targets[0].layer.module, nn.RNNBase):
-        # A dropped unit is a row of every gate, a dropped feature a column.
-        return any(not view.flatten(1).any(dim).all() for view in views for dim in (0, 1))
+        # A dropped feature is a column, and so is a dropped unit, of the weight that reads the state.
+        return any(not view.any(0).all() for view in views)
     view = views[0].flatten(2) if views[0].dim() > 2 else views[0].unsqueeze(2)
     outputs = view.any(2).any(1)
     inputs = view.unflatten(0, (targets[0].groups, -1)).any(3).any(1)
