@@ -36,7 +36,7 @@ def classify(options: argparse.Namespace) -> Results:
     images = data.images(small=options.quick)
     epochs, retraining = (2, 1) if options.quick else (4, 2)
     batches = Batches(images.x, images.y, size=128, seed=options.seed, change=mirrored)
-    example = images.test_x[:64]
+    example, statistics = images.test_x[:64], [images.x[:1000]]
     pictures = "MNIST" if options.quick else "Fashion-MNIST"
     results = Results(f"VGG on {pictures}, 2:4 and half of the filters", "accuracy", example)
 
@@ -65,6 +65,7 @@ def classify(options: argparse.Namespace) -> Results:
             optimizer=sgd,
             schedule="oneshot",
             lr_schedule=one_cycle,
+            recalibrate=statistics,
             distill=teacher,
             seed=options.seed,
         )
@@ -74,7 +75,7 @@ def classify(options: argparse.Namespace) -> Results:
     for name, plan in {"2:4": QUARTETS, "filters": FILTERS}.items():
         pruned = Pruner(copy.deepcopy(dense), plan).finalize()
         add(f"{name}, one-shot", pruned, plan)
-        add(f"{name}, recalibrated", recalibrate(pruned, [images.x[:1000]]), plan)
+        add(f"{name}, recalibrated", recalibrate(pruned, statistics), plan)
         if plan is QUARTETS:
             add(f"{name}, retrained", retrained(plan, None), plan)
         add(f"{name}, distilled", retrained(plan, Distiller(dense)), plan)

