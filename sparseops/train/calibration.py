@@ -36,6 +36,7 @@ _READERS = {
 }
 
 
+@torch.inference_mode(False)
 def collect(  # noqa: PLR0913
     model: nn.Module,
     targets: Sequence[Target],
@@ -77,7 +78,8 @@ def collect(  # noqa: PLR0913
     """
     model = unwrapped(model)
     by_name = needs if isinstance(needs, Mapping) else {target.name: needs for target in targets}
-    tallies = [_Tally(target, frozenset(by_name.get(target.name, ())), caller) for target in targets]
+    with torch.inference_mode(False):  # whose tensors could not be added to below
+        tallies = [_Tally(target, frozenset(by_name.get(target.name, ())), caller) for target in targets]
     judged = [tally for tally in tallies if tally.needs & BY_GRADIENT]
     done = 0
     with (
@@ -101,11 +103,13 @@ def collect(  # noqa: PLR0913
 def _undisturbed(model: nn.Module, weights: list[nn.Parameter]) -> Iterator[None]:
     """The model ready to be run, with derivatives by ``weights`` if there are any; afterwards as it was."""
     buffers = [
-        (module, name, buffer, buffer.clone())
+        (module, name, buffer)
         for module in model.modules()
         for name, buffer in module._buffers.items()
         if buffer is not None
     ]
+    # The run has copies of them to write to, one of each that several modules hold.
+    copies = {id(buffer): buffer.clone() for *_, buffer in buffers}
     frozen = [weight for weight in weights if not weight.requires_grad]
     recurrent = [its for its in model.modules() if isinstance(its, nn.RNNBase) and weights]
     dropout = [its.dropout for its in recurrent]
@@ -114,11 +118,12 @@ def _undisturbed(model: nn.Module, weights: list[nn.Parameter]) -> Iterator[None
     with (
         evaluating(model),
         torch.random.fork_rng(),
-        torch.inference_mode(False),
         torch.set_grad_enabled(bool(weights)),
     ):
         try:
             torch.backends.mha.set_fastpath_enabled(False)
+            for module, name, buffer in buffers:
+                module._buffers[name] = copies[id(buffer)]
             for weight in frozen:
                 weight.requires_grad_(True)
             for its in recurrent:
@@ -131,10 +136,8 @@ def _undisturbed(model: nn.Module, weights: list[nn.Parameter]) -> Iterator[None
                 weight.requires_grad_(False)
             for its, share in zip(recurrent, dropout, strict=True):
                 its.training, its.dropout = False, share
-            for module, name, buffer, value in buffers:
+            for module, name, buffer in buffers:
                 module._buffers[name] = buffer
-                if not torch.equal(buffer, value):
-                    buffer.data.copy_(value)
 
 
 class _Tally:

@@ -128,7 +128,7 @@ def _replay(rnn: nn.RNNBase, x: Tensor | PackedSequence, hx: Any) -> Iterator[tu
             yield f"weight_hh_{suffix}", previous
             if projection:
                 # The units before they are projected: those of a layer that gets its own past as an input.
-                both = [torch.cat(weights[:2], 1), torch.zeros_like(weights[0][:, : rnn.hidden_size])]
+                both = [torch.cat(weights[:2], 1), weights[0].new_zeros(len(weights[0]), rnn.hidden_size)]
                 start = [torch.zeros_like(first[1]), first[1]]
                 seen = torch.cat([own, previous], 1)
                 yield projection[0], _run(rnn.mode, seen, sizes, start, [*both, *weights[2:-1]], rnn.bias)
