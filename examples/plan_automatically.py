@@ -64,6 +64,8 @@ def plan(options: argparse.Namespace) -> Results:
     )
     auto.print()
     print(auto.plan)
+    if not auto.chosen:  # on this machine no layer is faster, and auto_plan has said so
+        return results
     if options.plot is not None:
         auto.plot(options.plot)
 

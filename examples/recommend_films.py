@@ -1,10 +1,9 @@
 """Recommendation: how many stars does a user give a film? Neural matrix factorisation, pruned two ways.
 
-It trains the dense network on MovieLens-100k. Then the MLP becomes 2:4; or both tables of embeddings lose half of
-their columns and the MLP half of its neurons, by which the two tables, most of the bytes, shrink to half. The
-product of the two embeddings is where the columns have to agree: ``Channels`` chooses those of each table by
-itself, so that where one has none of a column the product is zero. Research use of the ratings alone is allowed;
-they come out of a package. At the root of a clone::
+It trains the dense network on MovieLens-100k. Then the MLP becomes 2:4; or both tables of embeddings lose
+half of their columns and the MLP half of its neurons, so that the tables, which are most of the bytes, halve.
+The ratings may be used for research alone; they come out of a package. It takes a minute on one core. At the
+root of a clone::
 
     pip install -e ".[examples]" && python examples/recommend_films.py
 """

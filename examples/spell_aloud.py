@@ -67,6 +67,7 @@ def spell(options: argparse.Namespace) -> Results:
             evaluate,
             batches=batches,
             rounds=1,
+            max_drop=float("inf"),
             steps=steps,
             optimizer=adam,
             schedule="oneshot",

@@ -54,12 +54,15 @@ class TimeFirst(nn.Module):
         return x.transpose(1, 2).flatten(1)
 
 
+FIRST_BIN, BIN = 1997.3794084376191, 20  # of CREPE's pitches: cents above 10 Hz, cents from one to the next
+
+
 def pitch(logits: Tensor) -> Tensor:
     """Hz [N] of CREPE's logits [N, 360]: the mean of nine bins about the likeliest, as its authors do."""
     share = logits.sigmoid()
     bins = torch.arange(logits.shape[1])
     share = share * ((bins - share.argmax(1, keepdim=True)).abs() <= 4)
-    cents = 1997.3794084376191 + 20 * (share * bins).sum(1) / share.sum(1)
+    cents = FIRST_BIN + BIN * (share * bins).sum(1) / share.sum(1)
     return 10 * 2 ** (cents / 1200)
 
 

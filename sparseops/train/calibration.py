@@ -78,8 +78,7 @@ def collect(  # noqa: PLR0913
     """
     model = unwrapped(model)
     by_name = needs if isinstance(needs, Mapping) else {target.name: needs for target in targets}
-    with torch.inference_mode(False):  # whose tensors could not be added to below
-        tallies = [_Tally(target, frozenset(by_name.get(target.name, ())), caller) for target in targets]
+    tallies = [_Tally(target, frozenset(by_name.get(target.name, ())), caller) for target in targets]
     judged = [tally for tally in tallies if tally.needs & BY_GRADIENT]
     done = 0
     with (
