@@ -11,7 +11,7 @@ from conftest import assert_untouched, state
 from torch import nn
 
 import sparseops
-from sparseops import Channels, Plan
+from sparseops import Channels, Plan, Pruner, compact, convert
 from sparseops._replace import PLAN
 from sparseops.prune import Layers, Unstructured, keep_24, keep_24_transposable
 from sparseops.report import Code
@@ -243,3 +243,14 @@ def test_threshold_may_drop_no_channel():
     ):
         with pytest.warns(UserWarning, match="2 whole"):
             sparseops.convert(net, rule, prune=prune)
+
+
+def test_what_compact_has_taken_is_not_looked_for_again():
+    model = nn.Sequential(
+        nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64)
+    ).eval()
+    Pruner(model, Plan({"0": Channels(ratio=0.5), "4": "2:4"})).finalize()
+    x = torch.randn(4, 64)
+    sparse = convert(compact(model, x), prune=None)
+    assert sparse[0].out_features == 32 and sparse[4].format == "nm24"
+    torch.testing.assert_close(sparse(x), model(x), rtol=1e-4, atol=1e-5)

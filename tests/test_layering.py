@@ -32,7 +32,7 @@ PYTHON = {
         {"nn", "prune", "report", "_eligible", "_measure", "_pack", "_replace", "_select"},
         {"torch"},
     ),
-    "compact": ({"nn", "ops", "formats", "report", "_measure"}, {"torch", "rich"}),
+    "compact": ({"nn", "ops", "formats", "prune", "report", "_measure", "_replace"}, {"torch", "rich"}),
     # what is done to a model while it is trained
     "train": (
         {

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from sparseops import _measure
+from sparseops._replace import PLAN
 from sparseops.compact import cost
 from sparseops.compact.channels import Flow, Rule
 from sparseops.compact.layers import CONVS, find_layers
@@ -24,6 +25,7 @@ from sparseops.compact.rows import edge_rows, layer_rows, unchanged_rows
 from sparseops.compact.rules import RESHAPES, RULES
 from sparseops.compact.trace import Trace, Untraceable, trace
 from sparseops.nn import SparseModule
+from sparseops.prune import Channels, Plan
 
 __all__ = ["CompactReport", "compact", "explain_compact"]
 
@@ -65,6 +67,10 @@ def compact(model: nn.Module, example_inputs: Tensor | tuple[Any, ...] | dict[st
     with torch.inference_mode(False), torch.no_grad(), _measure.progress("compacting", 4) as advance:
         result, report = _compact(model, inputs, advance)
     vars(result)[_REPORT] = report
+    if isinstance(plan := vars(result).get(PLAN), Plan):
+        # The zero channels that a pruner left are taken by now.
+        rules = {name: None if isinstance(rule, Channels) else rule for name, rule in plan.rules}
+        vars(result)[PLAN] = Plan(rules)
     return result
 
 
