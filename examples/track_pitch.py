@@ -2,9 +2,9 @@
 
 It comes trained out of a package, and is judged on made tones of known pitch: how many are found within 50
 cents, a quarter of a tone. 2:4 costs it nothing here. Without half of the channels that its convolutions read
-it is lost until its batch norms are measured afresh, and is then retrained on a few hundred tones. ``compact``
-leaves those channels out, with the filters that made them, and gives an ordinary smaller network. At the root
-of a clone::
+it is lost until its batch norms are measured afresh, and is then retrained on a few hundred tones.
+``compact`` leaves those channels out, with the filters that made them, and gives an ordinary smaller network.
+At the root of a clone::
 
     pip install -e ".[examples]" && python examples/track_pitch.py
 """
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from sparseops import Channels, Plan, Pruner, compact, convert, explain, fit_sparse, recalibrate
 
 QUARTETS = Plan({"conv1": None, "classifier": None, "*": "2:4"})
-# Not the filters: each would leave a constant behind its batch norm, which the padding breaks at the ends. What
+# Not the filters: each would leave a constant behind its batch norm, which padding breaks at the ends. What
 # the others read is dropped, and with it the filters that made it; conv1 reads the one channel of sound.
 CHANNELS = Plan({"conv1": None, "conv*": Channels(ratio=0.5, side="inputs"), "*": None})
 
