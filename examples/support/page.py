@@ -21,9 +21,10 @@ def tables(folder: Path = FOLDER) -> str:
         metrics = [found["metric"], *found["rows"][0]["others"]]
         columns = " | ".join(("network", *metrics, "non-zero", "MB", "ms per batch"))
         script = f"examples/{file.stem}.py"
+        threads = f"{found['threads']} thread{'s' if found['threads'] != 1 else ''}"
         sections.append(
             f"### {found['title']}\n\n"
-            f"[{script}](../{script}); seed {found['seed']}; {found['machine']}, {found['threads']} threads; "
+            f"[{script}](../{script}); seed {found['seed']}; {found['machine']}, {threads}; "
             f"torch {found['torch']}; commit `{found['commit']}`; {found['date']}.\n\n"
             f"| {columns} |\n|---|{'---:|' * (len(metrics) + 3)}\n"
             + "".join(f"| {' | '.join(_cells(row))} |\n" for row in found["rows"])
