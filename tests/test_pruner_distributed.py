@@ -65,6 +65,12 @@ def start(kind, options):
     return model, pruner, torch.optim.AdamW(model.parameters(), 1e-2, weight_decay=0.1)
 
 
+def scores_of(rank, weight, dim):
+    """Another opinion on each rank."""
+    generator = torch.Generator().manual_seed(rank)
+    return torch.rand(weight.shape if dim is None else weight.shape[dim], generator=generator)
+
+
 def work(rank, folder, kind, options):
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
@@ -73,6 +79,8 @@ def work(rank, folder, kind, options):
         if options.get("criterion") == "gradient":
             # of its own on each rank
             options = {**options, "calibration": [data(rank, 100)], "loss": F.cross_entropy}
+        if options.get("criterion") == "of_the_rank":
+            options = {**options, "criterion": lambda weight, dim: scores_of(rank, weight, dim)}
         model, pruner, optimizer = start(kind, options)
         train(model, pruner, optimizer, rank, 0, 3)
         state = copy.deepcopy([whole(model), pruner.state_dict(), optimizer.state_dict()])
@@ -100,6 +108,7 @@ def work(rank, folder, kind, options):
 CASES = {
     "ddp_gradient": ("ddp", {"criterion": "gradient", "schedule": "linear", "steps": 5}),
     "ddp_straight_through": ("ddp", {"training": "straight-through"}),
+    "ddp_of_the_rank": ("ddp", {"criterion": "of_the_rank"}),
     "fsdp_magnitude": ("fsdp", {"schedule": "cubic", "steps": 4}),
     "fsdp_straight_through": ("fsdp", {"schedule": "linear", "steps": 4, "training": "straight-through"}),
     "fsdp_movement": ("fsdp", {"criterion": "movement", "schedule": "linear", "steps": 4}),

@@ -165,6 +165,11 @@ def test_given_masks_are_kept():
             Pruner(Net(), bad)
 
 
+def test_a_given_mask_needs_a_weight_with_data():
+    with pytest.raises(ValueError, match="of layers that can be pruned, got 'weight'"):
+        Pruner(nn.Linear(8, 4, device="meta"), {"weight": torch.ones(4, 8, dtype=torch.bool)})
+
+
 def test_given_masks_that_are_24_are_converted():
     masks = {"0.bias": torch.rand(32) > 0.5, "0.weight": (torch.arange(64) % 4 < 2).expand(32, 64)}
     model = Pruner(nn.Sequential(nn.Linear(64, 32)), masks).finalize()
