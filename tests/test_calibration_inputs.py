@@ -282,18 +282,21 @@ def assert_outputs(found, expected, batch_first):
 def test_one_weight_of_a_recurrent_layer_under_autocast():
     rnn, x = nn.LSTM(4, 5, 2), torch.randn(3, 2, 4)
     seen, _ = seen_by_cells(rnn, x.unbind(1), [[(torch.zeros(5), torch.zeros(5))] * 2] * 2)
+    expected = seen["weight_hh_l1"].norm(dim=0).expand(20, 5)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = collect_one(rnn, {"inputs"}, [x], parameter="weight_hh_l1")
-    torch.testing.assert_close(found["inputs"], seen["weight_hh_l1"].norm(dim=0).expand(20, 5))
+        for given, bound in ((x, 1e-5), (x.bfloat16(), 1e-2)):
+            found = collect_one(rnn, {"inputs"}, [given], parameter="weight_hh_l1")
+            torch.testing.assert_close(found["inputs"], expected, rtol=bound, atol=bound)
 
 
 def test_gradients_of_a_recurrent_layer_know_no_dropout():
     rnn = nn.GRU(4, 5, 2, dropout=0.5)
     batches = [torch.randn(3, 2, 4) for _ in range(2)]
     targets = targets_of(rnn)
-    found = collect(rnn, targets, {"gradient"}, batches, lambda y: y[0].square().sum())
-    assert rnn.training and rnn.dropout == 0.5
-    rnn.eval()
+    for training in (True, False):
+        rnn.train(training)
+        found = collect(rnn, targets, {"gradient"}, batches, lambda y: y[0].square().sum())
+        assert rnn.training == training and rnn.dropout == 0.5
     for target in targets:
         grads = [torch.autograd.grad(rnn(x)[0].square().sum(), target.weight)[0] for x in batches]
         expected = (sum(g.square() for g in grads) / 2).sqrt()

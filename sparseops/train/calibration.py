@@ -205,7 +205,7 @@ class _Tally:
             return
         if not self.needs & BY_INPUTS:
             self.calls += 1
-        gradient = gradient.to_dense().to(self.dtype)
+        gradient = gradient.to(self.dtype)
         if "gradient" in self.needs:
             self.sums["gradient"] += gradient.square()
         if "movement" in self.needs:
@@ -354,4 +354,4 @@ def _note_scale(
 def _channels(x: Tensor, dim: int) -> tuple[Any, ...]:
     """How the channels lie in memory, and how often that was written: what is the same in a view of the
     tensor that has the same channels, and no longer where something was added in place."""
-    return x.storage_offset(), x._version, x.shape[dim], x.stride(dim)
+    return x._version, x.shape[dim], x.stride(dim)
