@@ -202,6 +202,12 @@ def test_another_batch_norm_gives_no_scale(forward):
     assert found == {"conv.weight": {}}
 
 
+def test_a_batch_norm_of_some_of_the_outputs_gives_no_scale():
+    layers = {"conv": nn.Conv2d(4, 8, 3), "bn": nn.BatchNorm2d(4)}
+    found = scale_of(lambda self, x: self.bn(self.conv(x)[:, :4]), **layers)
+    assert found == {"conv.weight": {}}
+
+
 def test_a_batch_norm_without_gamma_gives_no_scale():
     found = scale_of(
         lambda self, x: self.bn(self.conv(x)),
@@ -279,6 +285,15 @@ def test_the_model_is_as_it_was_where_the_loss_fails():
             collect(model, targets_of(model), ALL, batches, failing(1, KeyboardInterrupt()))
 
     assert_left_alone(model, state(model), act)
+
+
+def test_a_buffer_of_two_modules_stays_one():
+    model, batches = Net(), make_batches()
+    model.norm.register_buffer("calls", model.calls)
+    seen = []
+    model.head.register_forward_hook(lambda *_: seen.append(model.norm.calls.item()))
+    collect(model, targets_of(model), {"inputs"}, batches)
+    assert seen == [1, 2, 3] and model.norm.calls is model.calls and model.calls == 0
 
 
 def test_no_activation_is_kept():

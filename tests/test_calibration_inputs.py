@@ -142,9 +142,15 @@ def test_a_layer_called_twice_and_by_keyword():
 def test_dtypes(dtype):
     layer = nn.Conv1d(4, 6, 3).to(dtype)
     x = (300 * torch.randn(2, 4, 9)).to(dtype)  # whose squares float16 does not hold
-    found = collect_one(layer, ALL - {"scale"}, [x], lambda y: (y / 300).double().square().mean())
+
+    def loss(y):  # whose gradients have squares that float16 does not hold either
+        return (y.double() / 1e4).square().mean()
+
+    found = collect_one(layer, ALL - {"scale"}, [x], loss)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     assert {t.dtype for t in found.values()} == {wide}
+    gradient = torch.autograd.grad(loss(layer(x)), layer.weight)[0]
+    torch.testing.assert_close(found["gradient"].double(), gradient.double().abs(), rtol=1e-5, atol=0)
     seen = seen_by(layer.double(), x.double())
     torch.testing.assert_close(found["inputs"].double(), seen.square().sum(0).sqrt(), rtol=1e-5, atol=0)
     assert all(t.isfinite().all() for t in found.values())
