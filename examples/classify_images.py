@@ -14,22 +14,16 @@ import argparse
 import copy
 from collections.abc import Sequence
 
-import torch.nn.functional as F
 from support import data, nets
 from support.results import Results, run
-from support.training import Batches, accuracy, mirrored, one_cycle, outputs, sgd, train
-from torch import Tensor, nn
+from support.training import Batches, accuracy, cross_entropy, mirrored, one_cycle, outputs, sgd, train
+from torch import nn
 
 from sparseops import Channels, Distiller, Plan, Pruner, compact, convert, fit_sparse, recalibrate
 
 # The first layer and the last have few weights, and lose the most by it.
 QUARTETS = Plan({"conv1": None, "classes": None, "*": "2:4"})
 FILTERS = Plan({"conv*": Channels(ratio=0.5, criterion="l1"), "*": None})
-
-
-def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-    x, y = batch
-    return F.cross_entropy(model(x), y)
 
 
 def classify(options: argparse.Namespace) -> Results:
@@ -50,14 +44,14 @@ def classify(options: argparse.Namespace) -> Results:
         results.add(name, evaluate(shipped), shipped)
 
     dense = nets.vgg()
-    train(dense, sgd(list(dense.parameters()), 0.1), batches, loss, epochs)
+    train(dense, sgd(list(dense.parameters()), 0.1), batches, cross_entropy, epochs)
     results.add("dense", evaluate(dense), dense)
 
     def retrained(plan: Plan, teacher: Distiller | None) -> nn.Module:
         found = fit_sparse(
             dense,
             plan,
-            loss,
+            cross_entropy,
             evaluate,
             batches=batches,
             rounds=1,

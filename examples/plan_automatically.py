@@ -16,22 +16,16 @@ import argparse
 import copy
 from collections.abc import Sequence
 
-import torch.nn.functional as F
 from support import data, nets
 from support.results import Results, run
-from support.training import Batches, accuracy, mirrored, one_cycle, outputs, sgd, train
-from torch import Tensor, nn
+from support.training import Batches, accuracy, cross_entropy, mirrored, one_cycle, outputs, sgd, train
+from torch import nn
 
 from sparseops import Channels, Pruner, auto_plan, convert, fit_sparse, recalibrate
 
 OPTIONS = ("2:4", Channels(ratio=0.25), Channels(ratio=0.5))
 # Retraining brings back most of what the plan costs at once.
 AT_ONCE, RETRAINED = 0.03, 0.01
-
-
-def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-    x, y = batch
-    return F.cross_entropy(model(x), y)
 
 
 def plan(options: argparse.Namespace) -> Results:
@@ -50,7 +44,7 @@ def plan(options: argparse.Namespace) -> Results:
         results.add(name, accuracy(outputs(model, images.test_x), images.test_y), model)
 
     dense = nets.resnet()
-    train(dense, sgd(list(dense.parameters()), 0.1), batches, loss, epochs)
+    train(dense, sgd(list(dense.parameters()), 0.1), batches, cross_entropy, epochs)
     add("dense", dense)
 
     auto = auto_plan(
@@ -76,7 +70,7 @@ def plan(options: argparse.Namespace) -> Results:
     found = fit_sparse(
         dense,
         auto.plan,
-        loss,
+        cross_entropy,
         evaluate,
         batches=batches,
         max_drop=RETRAINED,

@@ -14,20 +14,14 @@ import copy
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from support import data, nets
 from support.results import Results, run
-from support.training import Batches, accuracy, one_cycle, outputs, train
-from torch import Tensor, nn
+from support.training import Batches, accuracy, cross_entropy, one_cycle, outputs, train
+from torch import nn
 
 from sparseops import Distiller, Plan, Pruner, Unstructured, convert, fit_sparse
 
 PLANS = {"2:4": Plan({"9": None, "*": "2:4"}), "80 %": Unstructured(ratio=0.8)}
-
-
-def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-    x, y = batch
-    return F.cross_entropy(model(x), y)
 
 
 def adam(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
@@ -51,7 +45,7 @@ def predict(options: argparse.Namespace) -> Results:
         results.add(name, evaluate(shipped), shipped)
 
     dense = nets.mlp(adult.x.shape[1], (512, 512, 256), 2)
-    train(dense, adam(list(dense.parameters())), batches, loss, epochs)
+    train(dense, adam(list(dense.parameters())), batches, cross_entropy, epochs)
     add("dense", dense)
     for name, plan in PLANS.items():
         add(f"{name}, one-shot", Pruner(copy.deepcopy(dense), plan).finalize(), plan)
@@ -59,7 +53,7 @@ def predict(options: argparse.Namespace) -> Results:
             found = fit_sparse(
                 dense,
                 plan,
-                loss,
+                cross_entropy,
                 evaluate,
                 batches=batches,
                 rounds=1,

@@ -16,23 +16,17 @@ import copy
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from support import data, nets
 from support.pictures import draw_rows
 from support.results import Results, run
-from support.training import Batches, dice, one_cycle, outputs, train
-from torch import Tensor, nn
+from support.training import Batches, cross_entropy, dice, one_cycle, outputs, train
+from torch import nn
 
 from sparseops import Channels, Distiller, Plan, Pruner, compact, convert, fit_sparse, recalibrate
 
 QUARTETS = Plan({"down.0.0": None, "output": None, "*": "2:4"})
 CHANNELS = Plan({"output": None, "*": Channels(ratio=0.5, criterion="l1")})
 SHOWN = 6
-
-
-def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-    x, y = batch
-    return F.cross_entropy(model(x), y)
 
 
 def adam(parameters: list[nn.Parameter], rate: float = 1e-3) -> torch.optim.Optimizer:
@@ -66,7 +60,7 @@ def segment(options: argparse.Namespace) -> Results:
         )
 
     dense = nets.UNet()
-    train(dense, adam(list(dense.parameters()), 3e-3), batches, loss, epochs)
+    train(dense, adam(list(dense.parameters()), 3e-3), batches, cross_entropy, epochs)
     add("dense", dense)
     for name, plan in {"2:4": QUARTETS, "channels": CHANNELS}.items():
         pruned = Pruner(copy.deepcopy(dense), plan).finalize()
@@ -76,7 +70,7 @@ def segment(options: argparse.Namespace) -> Results:
             found = fit_sparse(
                 dense,
                 plan,
-                loss,
+                cross_entropy,
                 evaluate,
                 batches=batches,
                 rounds=1,

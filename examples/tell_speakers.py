@@ -15,11 +15,10 @@ import copy
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from support import data, nets
 from support.results import Results, run
-from support.training import Batches, accuracy, one_cycle, outputs, train
-from torch import Tensor, nn
+from support.training import Batches, accuracy, cross_entropy, one_cycle, outputs, train
+from torch import nn
 
 from sparseops import Channels, Distiller, Plan, Pruner, Unstructured, convert, fit_sparse
 
@@ -28,11 +27,6 @@ PLANS = {
     "half the states": Plan({"lstm": Channels(ratio=0.5, keep_last=False), "*": None}),
     "80 % zeros": Unstructured(ratio=0.8),
 }
-
-
-def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-    x, y = batch
-    return F.cross_entropy(model(x), y)
 
 
 def adam(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
@@ -54,7 +48,7 @@ def tell(options: argparse.Namespace) -> Results:
         results.add(name, evaluate(shipped), shipped)
 
     dense = nets.SeriesClassifier()
-    train(dense, adam(list(dense.parameters())), batches, loss, epochs)
+    train(dense, adam(list(dense.parameters())), batches, cross_entropy, epochs)
     add("dense", dense)
     for name, plan in PLANS.items():
         add(f"{name}, one-shot", Pruner(copy.deepcopy(dense), plan).finalize(), plan)
@@ -62,7 +56,7 @@ def tell(options: argparse.Namespace) -> Results:
             found = fit_sparse(
                 dense,
                 plan,
-                loss,
+                cross_entropy,
                 evaluate,
                 batches=batches,
                 rounds=1,

@@ -85,6 +85,12 @@ def sgd(parameters: list[nn.Parameter], rate: float = 0.02) -> torch.optim.SGD:
     return torch.optim.SGD(parameters, rate, momentum=0.9, weight_decay=5e-4, nesterov=True)
 
 
+def cross_entropy(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    """The loss of a classifier on a batch of inputs and classes, as ``fit_sparse`` has it."""
+    x, y = batch
+    return F.cross_entropy(model(x), y)
+
+
 def one_cycle(optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.OneCycleLR:
     """The rate rises to the optimizer's and falls to nothing (Smith and Topin 2017, arXiv:1708.07120)."""
     rates = [group["lr"] for group in optimizer.param_groups]
