@@ -39,10 +39,6 @@ class Judgement:
     last: Collection[int] = ()
     meets: Mapping[int, int] = field(default_factory=dict)
 
-    def criterion_of(self, target: Target) -> str | Criterion:
-        """The one that a target is scored by."""
-        return getattr(target.layer.treatment, "criterion", None) or self.criterion
-
 
 def choose_masks(targets: Iterable[Target], judgement: Judgement, level: float) -> tuple[Masks, Masks]:
     """Masks of all targets, and the new weights of those whose criterion changes what it keeps (SparseGPT).
@@ -61,7 +57,7 @@ def choose_masks(targets: Iterable[Target], judgement: Judgement, level: float) 
         if isinstance(rule, Channels):
             masks |= _channel_masks(pool, judgement, level)
             continue
-        if judgement.criterion_of(pool[0]) == "sparsegpt":
+        if pool[0].criterion(judgement.criterion) == "sparsegpt":
             for target in pool:
                 updated[target.name], masks[target.name] = _sparsegpt(target, judgement)
             continue
@@ -81,7 +77,7 @@ def _scores(target: Target, judgement: Judgement) -> Tensor:
     """Of each weight, [O, C, *taps]; of what is dropped already less than any other."""
     scores = score_weights(
         target.logical(judgement.weights[target.name]),
-        judgement.criterion_of(target),
+        target.criterion(judgement.criterion),
         {
             key: target.logical(t) if isinstance(t, Tensor) else t
             for key, t in _seen(target, judgement).items()
@@ -117,7 +113,7 @@ def _channel_masks(targets: list[Target], judgement: Judgement, level: float) ->
     layers, stands = {}, {}
     for key, its in by_layer.items():
         asked: Any = its[0].layer.treatment
-        rules[key] = replace(asked, criterion=judgement.criterion_of(its[0]))
+        rules[key] = replace(asked, criterion=its[0].criterion(judgement.criterion))
         layers[key] = replace(its[0].layer, treatment=rules[key])
         stands[key] = Stand(
             {t.parameter: judgement.weights[t.name] for t in its},

@@ -340,7 +340,7 @@ class Pruner:
 
     def _needs(self, target: Target) -> set[str]:
         """The evidence that the target's criterion takes."""
-        criterion = getattr(target.layer.treatment, "criterion", None) or self.criterion
+        criterion = target.criterion(self.criterion)
         return set(CRITERIA[criterion].needs) if isinstance(criterion, str) else set()
 
     def _check_needs(self, targets: list[Target]) -> None:
@@ -350,7 +350,7 @@ class Pruner:
         learns = {"movement"} if self.schedule != "oneshot" else set()  # as training goes on
         for target in targets:
             for need in self._needs(target) - learns:
-                criterion = getattr(target.layer.treatment, "criterion", None) or self.criterion
+                criterion = target.criterion(self.criterion)
                 raise ValueError(
                     f'Pruner: calibration must be given with criterion "{criterion}" '
                     f"(an iterable of batches {_BATCHES[need]}), got None"

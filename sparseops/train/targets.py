@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from sparseops._eligible import Layer, check_choices, find_layers, size_verdict
 from sparseops._select import outputs_first
 from sparseops.nn import SparseModule
-from sparseops.prune import Layers, Plan, Treatment, Unstructured
+from sparseops.prune import Criterion, Layers, Plan, Treatment, Unstructured
 from sparseops.report import Code
 from sparseops.train.shards import is_sharded
 
@@ -65,6 +65,11 @@ class Target:
     def seed(self) -> int:
         """A number that depends on the name alone, for scores at random."""
         return crc32(self.name.encode())
+
+    def criterion(self, default: str | Criterion) -> str | Criterion:
+        """The one that it is scored by: its rule's own, else ``default``."""
+        own: str | Criterion | None = getattr(self.layer.treatment, "criterion", None)
+        return own or default
 
     def logical(self, t: Tensor) -> Tensor:
         """A tensor of the parameter's shape as [outputs, inputs of a group, *taps]; the columns of an

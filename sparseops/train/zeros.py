@@ -56,18 +56,16 @@ class Zeros:
     def settle(self) -> None:
         """Put the dropped weights away, and zeros in their places."""
         if self._keeps_dropped:
-            for name, gone in self._gone.items():
-                weight = shards.local(self._weight(name))
-                self.dropped[name] = weight.detach().clone().masked_fill_(~gone, 0)
+            for target in self._masked:
+                dropped = shards.local(target.weight).detach().clone()
+                self.dropped[target.name] = dropped.masked_fill_(~self._gone[target.name], 0)
         self.mask()
 
     @torch.no_grad()
     def mask(self) -> None:
         """Zero what is dropped, in the model and in what follows it."""
         followers = [model for ref in self._followers if (model := ref()) is not None]
-        for target in self.targets:
-            if target.name not in self._gone:
-                continue
+        for target in self._masked:
             for weight in (target.weight, *(counterpart(model, target) for model in followers)):
                 shards.local(weight).masked_fill_(self._gone[target.name], 0)
 
@@ -83,8 +81,9 @@ class Zeros:
         self._unhook()
         self._followers, self.dropped = [], {}
 
-    def _weight(self, name: str) -> Tensor:
-        return next(target.weight for target in self.targets if target.name == name)
+    @property
+    def _masked(self) -> list[Target]:
+        return [target for target in self.targets if target.name in self._gone]
 
 
 class Movement:
