@@ -15,6 +15,7 @@ from torch import nn
 import sparseops
 from sparseops import Channels, Plan, _measure
 from sparseops.prune import Unstructured
+from sparseops.prune.plan import plan_of
 from sparseops.train import auto, trials
 from sparseops.train.auto import AutoPlan, auto_plan
 from sparseops.train.pruner import Pruner
@@ -365,7 +366,7 @@ def test_a_model_that_is_a_layer_itself(monkeypatch):
 
 def test_names_that_look_like_patterns():
     model = nn.ModuleDict({"a[0]": nn.Linear(32, 32), "a0": nn.Linear(32, 32)})
-    plan = trials.plan_of({"a[0]": "2:4"})
+    plan = plan_of({"a[0]": "2:4"})
     report = sparseops.explain(sparseops.convert(model, plan))
     assert [row.name for row in report.sparse_rows] == ["a[0]"]
 

@@ -176,6 +176,13 @@ def test_given_masks_that_are_24_are_converted():
     assert convert(model, prune=None)[0].format == "nm24"
 
 
+def test_names_that_look_like_patterns():
+    model = nn.Sequential()
+    model.add_module("a[0]", nn.Linear(64, 32))
+    sparse = convert(Pruner(model, "2:4").finalize(), prune=None)
+    assert explain(sparse)["a[0]"].format == "nm24"
+
+
 def test_layers_go_whole():
     model = nn.Sequential(*(nn.Linear(16, 16) for _ in range(4)))
     with torch.no_grad():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -59,3 +60,11 @@ class Plan:
 
     def __repr__(self) -> str:
         return f"Plan({{{', '.join(f'{pattern!r}: {treatment!r}' for pattern, treatment in self.rules)}}})"
+
+
+def plan_of(chosen: Mapping[str, Treatment]) -> Plan:
+    """The plan that gives these layers what is chosen for them, and leaves all others as they are."""
+    # The pattern of a model that is a layer itself is "*", since its name is empty.
+    rules: dict[str, Treatment] = {glob.escape(name) or "*": option for name, option in chosen.items()}
+    rules.setdefault("*", None)
+    return Plan(rules)

@@ -16,11 +16,12 @@ from sparseops._eligible import Choice
 from sparseops.convert import convert, explain
 from sparseops.prune import Layers, Plan, Treatment, Unstructured
 from sparseops.prune.criteria import Criterion
+from sparseops.prune.plan import plan_of
 from sparseops.report import Row, change_text, ms_text
 from sparseops.train.budget import REACH, STEPS, Combination, Item, cost_of, frontier, search
 from sparseops.train.metrics import Evaluate, budgets_of, overrun
 from sparseops.train.sensitivity import OptionRow, Sensitivity, as_given, measure_options, metrics_text
-from sparseops.train.trials import OPTIONS, Trials, plan_of
+from sparseops.train.trials import OPTIONS, Trials
 
 
 @dataclass(frozen=True)

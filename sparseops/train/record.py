@@ -9,20 +9,18 @@ from torch import Tensor, nn
 
 from sparseops.formats.nm24 import is_24
 from sparseops.prune import Channels, Plan, Treatment
+from sparseops.prune.plan import plan_of
 from sparseops.train.targets import Target
 
 
 def recorded_plan(targets: list[Target], masks: Mapping[str, Tensor]) -> Plan:
     """By the names of the layers what their masks are, and None for the others."""
-    rules: dict[str, Treatment] = {}
     by_layer: dict[str, list[Target]] = {}
     for target in targets:
         if target.weight.dim() < 2:
             continue  # a given mask of a bias
         by_layer.setdefault(target.layer.name, []).append(target)
-    for name, its in by_layer.items():
-        rules[name] = _pattern_of(its, masks)
-    return Plan({**rules, "*": None} if "" not in rules else rules)
+    return plan_of({name: _pattern_of(its, masks) for name, its in by_layer.items()})
 
 
 def _pattern_of(targets: list[Target], masks: Mapping[str, Tensor]) -> Treatment:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import json
 import os
@@ -19,6 +18,7 @@ from sparseops import _measure
 from sparseops._eligible import Choice, check_choices, find_layers
 from sparseops.prune import Channels, Plan, Treatment
 from sparseops.prune.criteria import Criterion
+from sparseops.prune.plan import plan_of
 from sparseops.report import Code
 from sparseops.train.metrics import Evaluate, metrics_of
 from sparseops.train.pruner import Pruner
@@ -164,14 +164,6 @@ def _check_options(options: Sequence[Treatment], caller: str) -> None:
             raise type(exc)(f"{caller}: options must hold treatments of a layer, got {option!r}") from exc
         if option is None:
             raise TypeError(f"{caller}: options must hold treatments of a layer, got None, which all can get")
-
-
-def plan_of(chosen: Mapping[str, Treatment]) -> Plan:
-    """The plan that gives these layers what is chosen for them, and leaves all others as they are."""
-    # The pattern of a model that is a layer itself is "*", since its name is empty.
-    rules: dict[str, Treatment] = {glob.escape(name) or "*": option for name, option in chosen.items()}
-    rules.setdefault("*", None)
-    return Plan(rules)
 
 
 def fingerprint(model: nn.Module) -> str:
