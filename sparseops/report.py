@@ -14,7 +14,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
-from typing import IO, Any
+from typing import IO, Any, Protocol, TypeVar
 
 
 class Code(str, enum.Enum):
@@ -114,7 +114,23 @@ class Row:
         return self.name or "(model)"
 
 
-class Report:
+class Tabled:
+    """What is a table to people: ``str`` is the plain one, ``print`` the coloured one."""
+
+    def __str__(self) -> str:
+        return plain_text(self._table())
+
+    def print(self, file: IO[str] | None = None) -> None:
+        """Print the table to ``file`` (standard output by default): coloured and fitted in a terminal, else
+        plain."""
+        show(self._table(), file)
+
+    def _table(self) -> Any:
+        """A rich table."""
+        raise NotImplementedError
+
+
+class Report(Tabled):
     """Rows in the order of ``model.named_modules()``; ``len``, iteration and indexing go over them.
 
     ``str(report)`` is the plain table, ``print`` the coloured one, ``to_json`` / ``from_json`` and ``plot``
@@ -147,10 +163,7 @@ class Report:
         """The row at a position, or of a layer by its name (KeyError when there is none)."""
         if isinstance(key, int):
             return self.rows[key]
-        for row in self.rows:
-            if row.name == key:
-                return row
-        raise KeyError(key)
+        return row_named(self.rows, key)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Report) and vars(self) == vars(other)
@@ -195,14 +208,6 @@ class Report:
 
     def __repr__(self) -> str:
         return f"<Report: {len(self.sparse_rows)} of {len(self)} layers sparse>"
-
-    def __str__(self) -> str:
-        return plain_text(self._table())
-
-    def print(self, file: IO[str] | None = None) -> None:
-        """Print the table to ``file`` (standard output by default): coloured and fitted in a terminal, else
-        plain."""
-        show(self._table(), file)
 
     def _table(self) -> Any:
         from rich.box import SIMPLE_HEAD
@@ -322,6 +327,22 @@ class Report:
         )
         axes.legend()
         figure.savefig(path)
+
+
+class _Named(Protocol):
+    @property
+    def name(self) -> str: ...
+
+
+R = TypeVar("R", bound=_Named)
+
+
+def row_named(rows: Iterable[R], name: str) -> R:
+    """The first row of this name (KeyError when there is none)."""
+    for row in rows:
+        if row.name == name:
+            return row
+    raise KeyError(name)
 
 
 def plain_text(table: Any) -> str:

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import IO, Any
 
 from sparseops.compact.cost import Totals
-from sparseops.report import change_text, plain_text, show, size_text
+from sparseops.report import change_text, plain_text, row_named, show, size_text
 
 
 class Code(str, enum.Enum):
@@ -82,10 +82,7 @@ class CompactReport:
 
     def __getitem__(self, name: str) -> LayerRow:
         """The row of a layer (KeyError when there is none)."""
-        for row in self.layers:
-            if row.name == name:
-                return row
-        raise KeyError(name)
+        return row_named(self.layers, name)
 
     def edge(self, producer: str, consumer: str) -> EdgeRow:
         """The row of an edge (KeyError when there is none)."""

@@ -6,9 +6,9 @@ import enum
 import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from typing import IO, Any
+from typing import Any
 
-from sparseops.report import change_text, plain_text, show
+from sparseops.report import Tabled, change_text, row_named
 
 
 class Code(str, enum.Enum):
@@ -41,7 +41,7 @@ class PermuteRow:
     reason: str
 
 
-class PermuteReport:
+class PermuteReport(Tabled):
     """layers: in the order of the model's modules. energy: share of the squared weight of all of them that
     2:4 keeps, before and after. by: who drew the model's graph. reason: why the whole model stays as it is,
     "" if it does not.
@@ -63,20 +63,10 @@ class PermuteReport:
 
     def __getitem__(self, name: str) -> PermuteRow:
         """The row of a layer (KeyError when there is none)."""
-        for row in self.layers:
-            if row.name == name:
-                return row
-        raise KeyError(name)
+        return row_named(self.layers, name)
 
     def __repr__(self) -> str:
         return f"<PermuteReport: {self._summary()}>"
-
-    def __str__(self) -> str:
-        return plain_text(self._table())
-
-    def print(self, file: IO[str] | None = None) -> None:
-        """Print the table to ``file`` (standard output by default)."""
-        show(self._table(), file)
 
     def _summary(self) -> str:
         if self.reason:

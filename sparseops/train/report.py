@@ -6,9 +6,9 @@ import json
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
-from typing import IO, Any
+from typing import Any
 
-from sparseops.report import plain_text, show
+from sparseops.report import Tabled, row_named
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class PruneRow:
         return bool(self.pattern)
 
 
-class PruneReport:
+class PruneReport(Tabled):
     """Rows of ``PruneRow``; ``len``, iteration and indexing (by number or name) go over them.
 
     criterion, schedule: of the pruner. count, steps: where it stands. level: the share of the plan that is
@@ -64,10 +64,7 @@ class PruneReport:
     def __getitem__(self, key: int | str) -> PruneRow:
         if isinstance(key, int):
             return self.rows[key]
-        for row in self.rows:
-            if row.name == key:
-                return row
-        raise KeyError(key)
+        return row_named(self.rows, key)
 
     @property
     def pruned(self) -> tuple[PruneRow, ...]:
@@ -76,13 +73,6 @@ class PruneReport:
 
     def __repr__(self) -> str:
         return f"<PruneReport: {len(self.pruned)} weights, {self.level:.0%} of the plan>"
-
-    def __str__(self) -> str:
-        return plain_text(self._table())
-
-    def print(self, file: IO[str] | None = None) -> None:
-        """Print the table to ``file`` (standard output by default)."""
-        show(self._table(), file)
 
     def _table(self) -> Any:
         from rich.box import SIMPLE_HEAD

@@ -6,11 +6,11 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import IO, Any
+from typing import Any
 
 from torch import nn
 
-from sparseops.report import plain_text, show
+from sparseops.report import Tabled
 from sparseops.train.report import PruneReport
 
 Metrics = Mapping[str, float]
@@ -39,7 +39,7 @@ class Round:
 
 
 @dataclass(frozen=True, eq=False)
-class FitResult:
+class FitResult(Tabled):
     """The pruned model and how well it does.
 
     Attributes:
@@ -87,14 +87,6 @@ class FitResult:
 
     def __repr__(self) -> str:
         return f"<FitResult: {self._summary()}>"
-
-    def __str__(self) -> str:
-        return plain_text(self._table())
-
-    def print(self, file: IO[str] | None = None) -> None:
-        """Print the table to ``file`` (standard output by default): coloured and fitted in a terminal, else
-        plain."""
-        show(self._table(), file)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data that JSON can carry, without the model."""

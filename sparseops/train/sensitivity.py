@@ -7,7 +7,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import IO, Any
+from typing import Any
 
 from torch import nn
 
@@ -15,7 +15,7 @@ from sparseops import _measure
 from sparseops._eligible import Choice
 from sparseops.prune import Treatment
 from sparseops.prune.criteria import Criterion
-from sparseops.report import Row, plain_text, show
+from sparseops.report import Row, Tabled
 from sparseops.train.metrics import ONLY, Evaluate
 from sparseops.train.trials import OPTIONS, Trials
 
@@ -46,7 +46,7 @@ class OptionRow:
         return self.ms_before / self.ms_after if self.ms_before and self.ms_after else None
 
 
-class Sensitivity:
+class Sensitivity(Tabled):
     """Rows by layer, in the order of the model, and by option; ``len`` and iteration go over them.
 
     dense: the metrics of the dense model by task. model: its class name. ``str`` is the plain table,
@@ -86,13 +86,6 @@ class Sensitivity:
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__}: {self._summary()}>"
-
-    def __str__(self) -> str:
-        return plain_text(self._table())
-
-    def print(self, file: IO[str] | None = None) -> None:
-        """Print the table to ``file`` (standard output by default)."""
-        show(self._table(), file)
 
     def _summary(self) -> str:
         return f"{len(self.layers)} layers, {len(self.options)} options, dense {metrics_text(self.dense)}"
