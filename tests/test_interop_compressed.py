@@ -42,11 +42,6 @@ def sparse(net):
 
 
 @pytest.fixture
-def x():
-    return torch.randint(24, (3, 26))
-
-
-@pytest.fixture
 def mlp():
     return make_mlp()
 

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from checkpoint_nets import PLAN, Net, assert_same, make_mlp, make_sparse
+from checkpoint_nets import PLAN, Net, assert_same, make_sparse
 from conftest import assert_untouched, state
 from torch import nn
 
@@ -29,11 +29,6 @@ def sparse(net):
 @pytest.fixture
 def x():
     return torch.randint(24, (3, 26))
-
-
-@pytest.fixture
-def mlp():
-    return make_mlp()
 
 
 @pytest.mark.parametrize("suffix", ["pt", "safetensors"])
