@@ -12,7 +12,7 @@ from torch import Tensor
 ESCAPES = 64
 """How often a search begins again at most, with fewer for a matrix of more than 2**18 elements."""
 
-# Differences per table of swaps, which says how many rows the proposals see: about 10 s on one core.
+# Differences per table of swaps, which says how many rows the proposals see.
 _WORK = 1 << 33
 _OTHERS = ((1, 2, 3), (0, 2, 3), (0, 1, 3), (0, 1, 2))
 

@@ -53,8 +53,7 @@ def permute_channels(
         example_inputs: a tensor, a tuple of arguments or a dict of keyword arguments of ``model``, which is
             traced with them and checked on them.
         plan: "2:4", or a ``Plan``, of which the layers with "2:4" count, if ``convert`` takes them.
-        seconds: no search is begun or goes on after so many; None: each ends by itself (a layer of 512
-            channels and 4608 weights for each takes about 10 s on one core).
+        seconds: no search is begun or goes on after so many; None: each ends by itself.
 
     Raises:
         TypeError: an argument is of the wrong type; model is TorchScript.
