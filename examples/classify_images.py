@@ -2,7 +2,8 @@
 
 It trains the dense network, prunes it at once, measures the batch norms afresh, and retrains what is left, on
 the labels and on the dense network's answers. The 2:4 network is shipped with sparse kernels; the one without
-filters is compacted, and is an ordinary smaller network. Fashion-MNIST comes from Debian's package, or from where docs/env.md says. At the root of a clone::
+filters is compacted, and is an ordinary smaller network. Fashion-MNIST comes from Debian's package, or from
+where docs/env.md says. At the root of a clone::
 
     pip install -e ".[examples]" && python examples/classify_images.py
 """
