@@ -139,6 +139,23 @@ def test_strength_is_a_share_of_the_plan():
     assert Pruner(layer, Unstructured(threshold=0.8), strength=0.5).sparsity == 0.4
 
 
+def test_calibration_is_read_once_for_a_share_of_the_plan():
+    reads = []
+
+    class Batches:
+        def __iter__(self):
+            reads.append(1)
+            return iter([X])
+
+    def masks(calibration, model):
+        return Pruner(model, "2:4", criterion="wanda", calibration=calibration, strength=0.67).masks
+
+    found = masks(Batches(), Net())
+    whole = Pruner(Net(), "2:4", criterion="wanda", calibration=[X]).masks
+    assert len(found) == 2 and all(torch.equal(mask, whole[name]) for name, mask in found.items())
+    assert len(reads) == 1
+
+
 def test_given_masks_are_kept():
     model = Net()
     masks = {"fc1.weight": torch.rand(32, 32 * 36) > 0.3, "conv2.weight": torch.rand(32, 16, 3, 3) > 0.5}

@@ -14,7 +14,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from sparseops._measure import Inputs
 from sparseops._replace import PLAN
 from sparseops._select import last_layers, meeting
-from sparseops.prune import CRITERIA, Criterion, Plan, Treatment
+from sparseops.prune import CRITERIA, Channels, Criterion, Plan, Treatment
 from sparseops.prune.criteria import check_criterion
 from sparseops.train import shards
 from sparseops.train.batches import batches_for, lasting
@@ -144,10 +144,12 @@ class Pruner:
         self._zeros: Zeros | None = None
         self._movement: Movement | None = None
         self._done = False
+        judged = None
         if strength < 1.0:
-            self._targets, weak = weaken(targets, strength, self._judge())
+            judged = self._judge()
+            self._targets, weak = weaken(targets, strength, judged)
             self._left = left + weak
-        first = self._masks_at(1.0) if schedule == "oneshot" else None
+        first = self._masks_at(1.0, judged) if schedule == "oneshot" else None
         # From here on the model is changed, and nothing can fail any more.
         for target in self._targets:
             _pruners[target.weight] = weakref.ref(self)
@@ -368,7 +370,8 @@ class Pruner:
             for name, its in collect(self.model, targets, needs, self._calibration, self.loss).items():
                 evidence[name].update(its)
         inputs = self._inputs
-        if inputs is None and self._calibration is not None:
+        of_channels = any(isinstance(target.layer.treatment, Channels) for target in targets)
+        if inputs is None and self._calibration is not None and of_channels:
             first = next(batches_for(self.model, self._calibration, caller="Pruner", argument="calibration"))
             inputs = first.inputs
         layers = {id(target.layer.module): target.layer for target in targets}
@@ -384,12 +387,12 @@ class Pruner:
             meeting(self.model, layers, inputs, "Pruner"),
         )
 
-    def _masks_at(self, level: float) -> tuple[Masks, Masks]:
+    def _masks_at(self, level: float, judged: Judgement | None = None) -> tuple[Masks, Masks]:
         if self._given is not None:
             masks = {t.name: self._given[t.name].to(t.weight.device) for t in self._targets}
             return masks, {}
         with torch.no_grad():
-            masks, updated = choose_masks(self._targets, self._judge(), level)
+            masks, updated = choose_masks(self._targets, judged or self._judge(), level)
         return shards.agreed(masks), updated
 
     def _take(self, masks: Masks, updated: Masks, *, level: float) -> None:
